@@ -1,0 +1,35 @@
+# Every target sets up what it needs and shows progress. `make help` lists them.
+SHELL := /bin/bash
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+BENCHES := router operator lifecycle fleet
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock bench clean
+
+help: ## This list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
+
+venv: ## The development environment in .venv.
+	@scripts/bootstrap.sh dev
+
+demo: venv ## Serve a real small model in two quantization variants on this machine and ask both.
+	@$(PY) scripts/demo.py
+
+test: venv lint test-unit test-ray test-controlplane test-e2e ## Everything, as CI runs it.
+
+test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (under a minute).
+	$(PYTEST) tests/unit
+
+lint: venv ## ruff, mypy, import-linter, generated files.
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: venv ## Format and apply safe fixes.
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+lock: venv ## Resolve requirements/*.txt anew from pyproject.toml.
+	@scripts/lock.sh

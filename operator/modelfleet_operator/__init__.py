@@ -1,0 +1,1 @@
+"""The operator: plans, reconciles and reports ModelDeployments."""

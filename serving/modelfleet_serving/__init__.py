@@ -1,0 +1,1 @@
+"""The data plane: engines, replicas, registry, router and simulator."""
