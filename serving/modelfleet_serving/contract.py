@@ -78,7 +78,7 @@ class Task(enum.StrEnum):
 # --- Applications: what the operator asks Ray Serve to run ---------------------------------------
 
 
-class LoraSettings(Wire):
+class LoraSettings(Wire, kw_only=True, frozen=True):
     """LoRA as the engine is started with it."""
 
     max_loras: int = 1
@@ -87,7 +87,7 @@ class LoraSettings(Wire):
     max_cpu_loras: int | None = None
 
 
-class EngineSettings(Wire):
+class EngineSettings(Wire, kw_only=True, frozen=True):
     """One engine's start, in the field's common terms. ``None`` leaves the engine's own default."""
 
     type: str
@@ -124,14 +124,14 @@ class EngineSettings(Wire):
     env: dict[str, str] = {}
 
 
-class Adapter(Wire):
+class Adapter(Wire, kw_only=True, frozen=True):
     """A LoRA adapter served beside its base model, under a model name of its own."""
 
     name: str
     source: str
 
 
-class ReplicaResources(Wire):
+class ReplicaResources(Wire, kw_only=True, frozen=True):
     """What Ray reserves for one replica."""
 
     num_cpus: float = 1.0
@@ -142,7 +142,7 @@ class ReplicaResources(Wire):
     """Custom Ray resources, such as ``{"accelerator:A10": 0.001}``."""
 
 
-class ApplicationArgs(Wire):
+class ApplicationArgs(Wire, kw_only=True, frozen=True):
     """The ``args`` of one Ray Serve application: one (model, variant, revision)."""
 
     namespace: str
@@ -177,7 +177,7 @@ def application_name(namespace: str, deployment: str, variant: str, revision: st
     return f"{namespace}.{deployment}.{variant}.{revision}"
 
 
-class ApplicationId(Wire):
+class ApplicationId(Wire, kw_only=True, frozen=True):
     """The parts of an application's name."""
 
     namespace: str
@@ -201,7 +201,7 @@ def parse_application_name(name: str) -> ApplicationId | None:
 # --- Heartbeats: what a replica says of itself ---------------------------------------------------
 
 
-class EngineLoad(Wire):
+class EngineLoad(Wire, kw_only=True, frozen=True):
     """What the engine reports of its work."""
 
     running: int = 0
@@ -210,7 +210,7 @@ class EngineLoad(Wire):
     """0..1"""
 
 
-class EngineMemory(Wire):
+class EngineMemory(Wire, kw_only=True, frozen=True):
     """What the engine reported of its memory at boot; ``None`` where it said nothing."""
 
     weights_gib: float | None = None
@@ -219,7 +219,7 @@ class EngineMemory(Wire):
     max_model_len: int | None = None
 
 
-class Heartbeat(Wire):
+class Heartbeat(Wire, kw_only=True, frozen=True):
     """Sent on every change of state and as often as the registry asks for."""
 
     id: str
@@ -247,7 +247,7 @@ class Heartbeat(Wire):
     """The last heartbeat of a replica that ended on purpose."""
 
 
-class HeartbeatReply(Wire):
+class HeartbeatReply(Wire, kw_only=True, frozen=True):
     """What the registry wants of a replica."""
 
     interval_seconds: float
@@ -263,14 +263,14 @@ class HeartbeatReply(Wire):
 # --- Routes and the route table ------------------------------------------------------------------
 
 
-class QueueSettings(Wire):
+class QueueSettings(Wire, kw_only=True, frozen=True):
     """The holding queue of a model."""
 
     max_requests: int = 1024
     timeout_seconds: float = 300.0
 
 
-class VariantRouteSpec(Wire):
+class VariantRouteSpec(Wire, kw_only=True, frozen=True):
     """A variant as the operator routes it."""
 
     name: str
@@ -278,7 +278,7 @@ class VariantRouteSpec(Wire):
     """Weight by revision: endpoints of other revisions get no new request."""
 
 
-class RouteSpec(Wire):
+class RouteSpec(Wire, kw_only=True, frozen=True):
     """One ModelDeployment's routes, without endpoints: those come from the heartbeats."""
 
     name: str
@@ -298,7 +298,7 @@ class RouteSpec(Wire):
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]
 
 
-class Endpoint(Wire):
+class Endpoint(Wire, kw_only=True, frozen=True):
     """An engine that may be called."""
 
     id: str
@@ -309,7 +309,7 @@ class Endpoint(Wire):
     adapters: list[str] = []
 
 
-class VariantRoute(Wire):
+class VariantRoute(Wire, kw_only=True, frozen=True):
     """A variant with its endpoints."""
 
     name: str
@@ -318,7 +318,7 @@ class VariantRoute(Wire):
     """Shares of a rollout; empty spreads over all endpoints."""
 
 
-class ModelRoute(Wire):
+class ModelRoute(Wire, kw_only=True, frozen=True):
     """One model of the route table."""
 
     name: str
@@ -332,13 +332,13 @@ class ModelRoute(Wire):
     adapters: list[str] = []
 
 
-class RouteTable(Wire):
+class RouteTable(Wire, kw_only=True, frozen=True):
     """The whole table, as it stands in a file for a standalone router."""
 
     models: list[ModelRoute] = []
 
 
-class TableUpdate(Wire):
+class TableUpdate(Wire, kw_only=True, frozen=True):
     """The registry's answer to a router's long poll: the whole table, or what changed since."""
 
     epoch: str
@@ -354,7 +354,7 @@ class TableUpdate(Wire):
 # --- Demand: what routers say of the traffic -----------------------------------------------------
 
 
-class ModelDemand(Wire):
+class ModelDemand(Wire, kw_only=True, frozen=True):
     """Demand for one variant since the last report; ``variant`` is empty where none was chosen yet."""
 
     model: str
@@ -368,7 +368,7 @@ class ModelDemand(Wire):
     """Mean since the last report."""
 
 
-class DemandReport(Wire):
+class DemandReport(Wire, kw_only=True, frozen=True):
     """One router's report."""
 
     router: str
@@ -379,7 +379,7 @@ class DemandReport(Wire):
     models: list[ModelDemand] = []
 
 
-class RouterInfo(Wire):
+class RouterInfo(Wire, kw_only=True, frozen=True):
     """A router that the registry knows."""
 
     id: str
@@ -387,7 +387,7 @@ class RouterInfo(Wire):
     seen_seconds_ago: float
 
 
-class RegistryState(Wire):
+class RegistryState(Wire, kw_only=True, frozen=True):
     """What the operator observes through the registry."""
 
     epoch: str
