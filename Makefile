@@ -26,6 +26,7 @@ lint: venv ## ruff, mypy, import-linter, generated files.
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PY) scripts/generate.py --check
 
 format: venv ## Format and apply safe fixes.
 	.venv/bin/ruff check --fix .
@@ -33,3 +34,6 @@ format: venv ## Format and apply safe fixes.
 
 lock: venv ## Resolve requirements/*.txt anew from pyproject.toml.
 	@scripts/lock.sh
+
+generate: venv ## Write the generated files: CRDs.
+	@$(PY) scripts/generate.py

@@ -1,0 +1,120 @@
+"""How an engine is started, as users write it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from modelfleet_operator.api.base import ApiModel, Percent, PositiveInt, Quantity, Rule
+
+EngineType = Literal["vLLM", "SGLang", "Simulator"]
+Switch = Literal["Enabled", "Disabled"]
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=64)]
+
+
+class EnvVar(ApiModel):
+    """An environment variable of the engine. Not for secrets: those belong into the pool's pods."""
+
+    name: EnvName
+    """Name of the variable."""
+    value: Annotated[str, StringConstraints(max_length=4096)]
+    """Value of the variable."""
+
+
+class LoraSpec(ApiModel):
+    """Room for LoRA adapters; set by itself when `spec.adapters` lists any."""
+
+    max_loras: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Adapters in one batch. Default: the number of adapters, at most 8."""
+    max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] | None = None
+    """Highest rank of an adapter. Default: 16."""
+    max_cpu_loras: PositiveInt | None = None
+    """Adapters that are kept in host memory."""
+
+
+class MultimodalSpec(ApiModel):
+    """Items that one prompt may hold. 0 turns a modality off and frees its memory."""
+
+    images: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """Images in one prompt."""
+    videos: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Videos in one prompt."""
+    audios: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Audio clips in one prompt."""
+
+
+class EngineSpec(ApiModel):
+    """An engine and its settings. A variant's `engine` overrides the deployment's, field by field."""
+
+    type: EngineType | None = None
+    """Inference engine. Default: vLLM. Simulator needs no GPU and answers with generated words."""
+    version: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9A-Za-z]+)*$", max_length=32)] | None = (
+        None
+    )
+    """Version of the engine. Default: the one that this release was tested with."""
+    max_model_len: PositiveInt | None = None
+    """Context length in tokens. Default: the longest that fits, up to the model's own."""
+    gpu_memory_percent: Percent | None = None
+    """Share of the GPU's memory that the engine may take, in percent. Default: the engine's."""
+    kv_cache_memory: Quantity | None = None
+    """Size of the KV cache per GPU, such as 8Gi; takes the place of `gpuMemoryPercent`."""
+    max_num_seqs: PositiveInt | None = None
+    """Requests that run at once; more wait in the engine."""
+    chunked_prefill: Switch | None = None
+    """Whether long prompts are prefilled in pieces beside running requests."""
+    max_num_batched_tokens: PositiveInt | None = None
+    """Tokens in one step: the batch size of chunked prefill."""
+    prefix_caching: Switch | None = None
+    """Whether the KV cache of common prefixes is kept and shared."""
+    dtype: Literal["BFloat16", "Float16", "Float32"] | None = None
+    """Data type of activations and unquantized weights. Default: the model's, where the GPU has it."""
+    kv_cache_dtype: Literal["Auto", "FP8", "FP8E4M3", "FP8E5M2"] | None = None
+    """Data type of the KV cache."""
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """GPUs that share each layer. Default: the fewest that hold the model."""
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Groups of GPUs that share the layers among them."""
+    lora: LoraSpec | None = None
+    """Room for LoRA adapters."""
+    tool_call_parser: Word | None = None
+    """The engine's parser of tool calls, such as hermes; also turns automatic tool choice on."""
+    reasoning_parser: Word | None = None
+    """The engine's parser of reasoning content, such as qwen3."""
+    multimodal: MultimodalSpec | None = None
+    """Limits of images, videos and audio in one prompt."""
+    trust_remote_code: bool | None = None
+    """Whether code in the model's repository may run. Default: false."""
+    args: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    """Further command-line options of the engine, without their dashes."""
+    env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra={"x-map-key": "name"})] | None = None
+    """Environment variables of the engine."""
+
+    rules = (
+        Rule(
+            cel="!(has(self.gpuMemoryPercent) && has(self.kvCacheMemory))",
+            message="gpuMemoryPercent and kvCacheMemory exclude each other: set one",
+            check=lambda self: self.gpu_memory_percent is None or self.kv_cache_memory is None,
+            field="kvCacheMemory",
+        ),
+    )
+
+    def over(self, base: EngineSpec | None) -> EngineSpec:
+        """This engine's fields, and the base's where this has none; `args` and `env` merge by name."""
+        if base is None:
+            return self
+        merged = {name: getattr(base, name) for name in base.model_fields_set}
+        merged |= {
+            name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None
+        }
+        if base.args and self.args:
+            merged["args"] = base.args | self.args
+        if base.env and self.env:
+            merged["env"] = list({v.name: v for v in [*base.env, *self.env]}.values())
+        # The merge of two valid specs may break a rule: the variant's choice wins.
+        if self.gpu_memory_percent is not None:
+            merged.pop("kv_cache_memory", None)
+        if self.kv_cache_memory is not None:
+            merged.pop("gpu_memory_percent", None)
+        return EngineSpec.model_construct(**merged)
