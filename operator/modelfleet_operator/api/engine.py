@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints
 
-from modelfleet_operator.api.base import ApiModel, Percent, PositiveInt, Quantity, Rule
+from modelfleet_operator.api.base import ApiModel, Percent, PositiveInt, Quantity, Rule, quantity_value
+from modelfleet_serving.contract import EngineSettings, LoraSettings
 
 EngineType = Literal["vLLM", "SGLang", "Simulator"]
 Switch = Literal["Enabled", "Disabled"]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=64)]
+
+MAX_LORAS_BY_DEFAULT: Final = 8
+LORA_RANK_BY_DEFAULT: Final = 16
+_DTYPES: Final = {"BFloat16": "bfloat16", "Float16": "float16", "Float32": "float32"}
+_KV_DTYPES: Final = {"Auto": "auto", "FP8": "fp8", "FP8E4M3": "fp8_e4m3", "FP8E5M2": "fp8_e5m2"}
+_SWITCHES: Final = {"Enabled": True, "Disabled": False}
 
 
 class EnvVar(ApiModel):
@@ -43,6 +50,11 @@ class MultimodalSpec(ApiModel):
     """Videos in one prompt."""
     audios: Annotated[int, Field(ge=0, le=64)] | None = None
     """Audio clips in one prompt."""
+
+    def limits(self) -> dict[str, int]:
+        """Limits by the engines' names of the modalities."""
+        named = {"image": self.images, "video": self.videos, "audio": self.audios}
+        return {modality: limit for modality, limit in named.items() if limit is not None}
 
 
 class EngineSpec(ApiModel):
@@ -118,3 +130,47 @@ class EngineSpec(ApiModel):
         if self.kv_cache_memory is not None:
             merged.pop("gpu_memory_percent", None)
         return EngineSpec.model_construct(**merged)
+
+    def settings(self, adapters: int = 0) -> EngineSettings:
+        """The settings on the wire, as the user wrote them: what was left open stays open for the plan.
+
+        Args:
+            adapters: LoRA adapters that are served beside the model.
+        """
+        chosen = {
+            "version": self.version,
+            "max_model_len": self.max_model_len,
+            "gpu_memory_percent": self.gpu_memory_percent,
+            "kv_cache_memory_bytes": int(quantity_value(self.kv_cache_memory))
+            if self.kv_cache_memory
+            else None,
+            "max_num_seqs": self.max_num_seqs,
+            "chunked_prefill": _SWITCHES[self.chunked_prefill] if self.chunked_prefill else None,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "prefix_caching": _SWITCHES[self.prefix_caching] if self.prefix_caching else None,
+            "dtype": _DTYPES[self.dtype] if self.dtype else None,
+            "kv_cache_dtype": _KV_DTYPES[self.kv_cache_dtype] if self.kv_cache_dtype else None,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "lora": self._lora_settings(adapters),
+            "tool_call_parser": self.tool_call_parser,
+            "reasoning_parser": self.reasoning_parser,
+            "multimodal_limits": self.multimodal.limits() if self.multimodal else None,
+            "trust_remote_code": self.trust_remote_code,
+            "args": self.args,
+            "env": {e.name: e.value for e in self.env} if self.env else None,
+        }
+        return EngineSettings(
+            type=self.type or "vLLM",
+            **{name: value for name, value in chosen.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+    def _lora_settings(self, adapters: int) -> LoraSettings | None:
+        if self.lora is None and not adapters:
+            return None
+        lora = self.lora or LoraSpec()
+        return LoraSettings(
+            max_loras=lora.max_loras or max(1, min(adapters, MAX_LORAS_BY_DEFAULT)),
+            max_rank=lora.max_rank or LORA_RANK_BY_DEFAULT,
+            max_cpu_loras=lora.max_cpu_loras,
+        )

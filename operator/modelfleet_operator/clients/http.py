@@ -1,0 +1,87 @@
+"""JSON over HTTP with time-outs, a bearer token and typed errors: what the control-plane clients share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+
+from modelfleet_operator.clients.errors import RefusedError, UnavailableError
+
+DEFAULT_TIMEOUT: Final = 30.0
+_MAX_ERROR_TEXT: Final = 2000
+
+
+class JsonClient:
+    """Calls one server.
+
+    Args:
+        session: shared connection pool; its owner closes it.
+        address: base URL.
+        token: gives the bearer token at each call, so that a rotated one is used at once.
+        timeout: seconds for one call.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        address: str,
+        token: Callable[[], str | None],
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        self._session = session
+        self.address = address.rstrip("/")
+        self._token = token
+        self._timeout = timeout
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        query: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> tuple[int, bytes]:
+        """Status and body of the answer; 304 and 404 are answers, too.
+
+        Raises:
+            UnavailableError: no connection, time-out, or a 5xx answer.
+            RefusedError: any other 4xx answer.
+        """
+        headers = {"content-type": "application/json"}
+        if token := self._token():
+            headers["authorization"] = f"Bearer {token}"
+        limit = aiohttp.ClientTimeout(total=timeout or self._timeout, sock_connect=5)
+        url = self.address + path
+        try:
+            async with self._session.request(
+                method, url, data=body, params=query, headers=headers, timeout=limit
+            ) as answer:
+                content = await answer.read()
+        except TimeoutError as error:
+            raise UnavailableError(f"{method} {url}: no answer within {limit.total} s") from error
+        except aiohttp.ClientError as error:
+            raise UnavailableError(f"{method} {url}: {error}") from error
+        if answer.status >= 500 or answer.status == 429:
+            raise UnavailableError(f"{method} {url}: {answer.status} {_text(content)}")
+        if answer.status >= 400 and answer.status != 404:
+            raise RefusedError(f"{method} {url}: {answer.status} {_text(content)}")
+        return answer.status, content
+
+    def decode(self, content: bytes, kind: Any) -> Any:
+        """The body as a type.
+
+        Raises:
+            UnavailableError: the body is not what was agreed on, as from a proxy's error page.
+        """
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.DecodeError as error:
+            raise UnavailableError(f"{self.address}: answer not understood: {error}") from error
+
+
+def _text(content: bytes) -> str:
+    return content[:_MAX_ERROR_TEXT].decode(errors="replace").strip()

@@ -1,0 +1,118 @@
+"""Ray Serve applications: what each (model, variant, revision) is started with, and its name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from modelfleet_operator.api import ModelDeployment, Variant, duration_seconds
+from modelfleet_operator.planner.types import VariantPlan
+from modelfleet_serving.contract import (
+    REPLICA_DEPLOYMENT,
+    REPLICA_IMPORT_PATH,
+    Adapter,
+    ApplicationArgs,
+    Task,
+)
+
+REVISION_LENGTH: Final = 6
+_DRAIN_MARGIN_SECONDS: Final = 60.0
+"""Serve's own deadline lies behind the replica's, so that the replica ends its engine itself."""
+
+
+@dataclass(frozen=True)
+class ApplicationState:
+    """An application as Ray Serve reports it."""
+
+    name: str
+    status: str
+    message: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    running_replicas: int = 0
+    total_replicas: int = 0
+
+    @property
+    def deleting(self) -> bool:
+        """Whether Serve is removing it."""
+        return self.status == "DELETING"
+
+
+@dataclass(frozen=True)
+class Application:
+    """An application as it shall be."""
+
+    args: ApplicationArgs
+    replicas: int
+
+    @property
+    def name(self) -> str:
+        """Name of the application."""
+        return self.args.application
+
+    def config(self) -> dict[str, Any]:
+        """The application in Serve's configuration schema."""
+        return {
+            "name": self.name,
+            "route_prefix": None,  # tokens never pass through Serve's proxy
+            "import_path": REPLICA_IMPORT_PATH,
+            "args": msgspec.to_builtins(self.args),
+            "deployments": [
+                {
+                    "name": REPLICA_DEPLOYMENT,
+                    "num_replicas": self.replicas,
+                    "graceful_shutdown_timeout_s": self.args.drain_timeout_seconds + _DRAIN_MARGIN_SECONDS,
+                }
+            ],
+        }
+
+
+def application_args(
+    deployment: ModelDeployment, variant: Variant, plan: VariantPlan, registry: str
+) -> ApplicationArgs:
+    """Arguments of the application that runs a variant as planned, with its revision."""
+    return ApplicationArgs(
+        namespace=deployment.metadata.namespace,
+        deployment=deployment.metadata.name,
+        model=deployment.model_name,
+        variant=variant.name,
+        revision=revision(deployment, variant, plan),
+        source=deployment.source(variant),
+        registry=registry,
+        engine=plan.engine,
+        task=Task(deployment.spec.model.task),
+        accelerator=plan.accelerator,
+        resources=plan.resources,
+        adapters=[Adapter(name=a.name, source=a.source) for a in deployment.spec.adapters],
+        drain_timeout_seconds=duration_seconds(deployment.spec.rollout.drain_timeout),
+    )
+
+
+def revision(deployment: ModelDeployment, variant: Variant, plan: VariantPlan) -> str:
+    """Short hash of everything that changes a running engine.
+
+    It holds what the user wrote and where the plan put it, not the numbers that the plan worked out: a
+    measurement or a newer release that reckons otherwise must not restart an engine that runs.
+    """
+    content = {
+        "model": deployment.model_name,
+        "task": deployment.spec.model.task,
+        "source": deployment.source(variant),
+        "quantization": variant.quantization,
+        "engine": msgspec.to_builtins(deployment.engine(variant).settings(len(deployment.spec.adapters))),
+        "adapters": [[a.name, a.source] for a in deployment.spec.adapters],
+        "accelerator": plan.accelerator,
+        "parallel": [plan.tensor_parallel_size, plan.pipeline_parallel_size],
+        "dtype": plan.dtype,
+    }
+    return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:REVISION_LENGTH]
+
+
+def args_of(state: ApplicationState) -> ApplicationArgs | None:
+    """The arguments that a running application was started with; ``None`` when they are not ours."""
+    try:
+        return msgspec.convert(state.config.get("args"), ApplicationArgs)
+    except msgspec.ValidationError:
+        return None
