@@ -43,7 +43,7 @@ class JsonClient:
         *,
         body: bytes | None = None,
         query: Mapping[str, str] | None = None,
-        timeout: float | None = None,
+        limit_seconds: float | None = None,
     ) -> tuple[int, bytes]:
         """Status and body of the answer; 304 and 404 are answers, too.
 
@@ -54,7 +54,7 @@ class JsonClient:
         headers = {"content-type": "application/json"}
         if token := self._token():
             headers["authorization"] = f"Bearer {token}"
-        limit = aiohttp.ClientTimeout(total=timeout or self._timeout, sock_connect=5)
+        limit = aiohttp.ClientTimeout(total=limit_seconds or self._timeout, sock_connect=5)
         url = self.address + path
         try:
             async with self._session.request(

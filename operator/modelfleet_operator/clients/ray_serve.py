@@ -59,7 +59,7 @@ class RayServeClient(JsonClient):
             RefusedError: Serve does not accept the configuration.
         """
         body = msgspec.json.encode({"proxy_location": "Disabled", "applications": configs})
-        await self.call("PUT", _PATH, body=body, timeout=60)
+        await self.call("PUT", _PATH, body=body, limit_seconds=60)
 
 
 def _state(name: str, app: _Application) -> ApplicationState:

@@ -22,7 +22,9 @@ class RegistryClient(JsonClient):
             UnavailableError: the registry does not answer.
         """
         query = {"epoch": epoch, "version": str(version), "timeout": f"{wait:g}"}
-        status, content = await self.call("GET", "/v1/state", query=query, timeout=wait + _SLACK_SECONDS)
+        status, content = await self.call(
+            "GET", "/v1/state", query=query, limit_seconds=wait + _SLACK_SECONDS
+        )
         if status == 304:
             return None
         state: RegistryState = self.decode(content, RegistryState)

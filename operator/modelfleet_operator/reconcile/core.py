@@ -1,0 +1,98 @@
+"""The reconcile step of one ModelDeployment: start reading here.
+
+``reconcile`` turns what the user wants, what the planner says and what runs into what shall run, what the
+routers shall know, and what the user shall read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from modelfleet_operator.api import ModelDeployment, Variant, VariantStatus
+from modelfleet_operator.planner.types import PlanResult
+from modelfleet_operator.reconcile.applications import Application, application_args
+from modelfleet_operator.reconcile.autoscale import wanted_replicas
+from modelfleet_operator.reconcile.conditions import Finding
+from modelfleet_operator.reconcile.observed import Observed
+from modelfleet_operator.reconcile.rollout import VariantRollout, roll_out
+from modelfleet_operator.reconcile.routes import route_of
+from modelfleet_operator.reconcile.status import describe
+
+from modelfleet_serving.contract import RouteSpec
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows for one ModelDeployment."""
+
+    applications: tuple[Application, ...]
+    route: RouteSpec
+    variants: tuple[VariantStatus, ...]
+    findings: tuple[Finding, ...]
+
+
+def reconcile(
+    deployment: ModelDeployment,
+    plans: Mapping[str, PlanResult],
+    observed: Observed,
+    registry: str,
+    room: Mapping[str, bool],
+) -> Decision:
+    """One step.
+
+    Args:
+        deployment: what the user wants.
+        plans: the planner's answer by variant.
+        observed: what runs.
+        registry: address of the pool's registry, as replicas reach it.
+        room: by variant, whether a second revision fits beside the running one.
+    """
+    rollouts: dict[str, VariantRollout] = {}
+    wanted: dict[str, Application | None] = {}
+    for variant in deployment.spec.variants:
+        plan = plans[variant.name]
+        application = _wanted(deployment, variant, plan, observed, registry)
+        wanted[variant.name] = application
+        rollouts[variant.name] = roll_out(
+            application,
+            observed.revisions(variant.name),
+            surge=_surge(deployment, room.get(variant.name, True)),
+            blind=observed.blind,
+        )
+    variants, findings = describe(deployment, plans, wanted, rollouts, observed)
+    return Decision(
+        applications=tuple(app for r in rollouts.values() for app in r.applications),
+        route=route_of(deployment, rollouts),
+        variants=variants,
+        findings=findings,
+    )
+
+
+def _wanted(
+    deployment: ModelDeployment, variant: Variant, result: PlanResult, observed: Observed, registry: str
+) -> Application | None:
+    if result.plan is None:
+        return None
+    args = application_args(deployment, variant, result.plan, registry)
+    return Application(args, replicas_of(variant, observed))
+
+
+def replicas_of(variant: Variant, observed: Observed) -> int:
+    """Replicas that a variant shall have now."""
+    revisions = observed.revisions(variant.name).values()
+    current = max((r.application.total_replicas for r in revisions if r.application), default=0)
+    capacities = [e.capacity for r in revisions for e in r.endpoints if e.capacity]
+    demand = observed.demand.get(variant.name) or observed.demand.get("")
+    return wanted_replicas(
+        variant.replicas,
+        demand,
+        min(capacities, default=None),
+        current,
+        observed.calm_seconds.get(variant.name, 0.0),
+    )
+
+
+def _surge(deployment: ModelDeployment, room: bool) -> bool:
+    strategy = deployment.spec.rollout.strategy
+    return strategy == "Surge" or (strategy == "Auto" and room)
