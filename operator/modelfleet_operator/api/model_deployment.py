@@ -272,6 +272,10 @@ class ModelDeployment(ApiModel):
         engine = (variant.engine or EngineSpec()).over(self.spec.engine)
         return engine if engine.type else engine.model_copy(update={"type": "vLLM"})
 
+    def needs_facts(self, variant: Variant) -> bool:
+        """Whether the plan depends on the checkpoint; the simulator reads none."""
+        return self.engine(variant).type != "Simulator"
+
     def weight(self, variant: Variant) -> int:
         """Weight of a variant for the bare model name; all alike where none are given."""
         weights: dict[str, Any] | None = self.spec.routing.weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,6 +12,8 @@ import msgspec
 from modelfleet_operator.api import ModelDeployment, Variant, duration_seconds
 from modelfleet_operator.planner.types import VariantPlan
 from modelfleet_serving.contract import (
+    REGISTRY_APPLICATION,
+    REGISTRY_IMPORT_PATH,
     REPLICA_DEPLOYMENT,
     REPLICA_IMPORT_PATH,
     Adapter,
@@ -116,3 +119,13 @@ def args_of(state: ApplicationState) -> ApplicationArgs | None:
         return msgspec.convert(state.config.get("args"), ApplicationArgs)
     except msgspec.ValidationError:
         return None
+
+
+def registry_application(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The registry's own application: one replica on the head node, with a port of its own."""
+    return {
+        "name": REGISTRY_APPLICATION,
+        "route_prefix": None,
+        "import_path": REGISTRY_IMPORT_PATH,
+        "args": dict(args),
+    }

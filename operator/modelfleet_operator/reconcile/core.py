@@ -18,8 +18,7 @@ from modelfleet_operator.reconcile.observed import Observed
 from modelfleet_operator.reconcile.rollout import VariantRollout, roll_out
 from modelfleet_operator.reconcile.routes import route_of
 from modelfleet_operator.reconcile.status import describe
-
-from modelfleet_serving.contract import RouteSpec
+from modelfleet_serving.contract import ModelDemand, RouteSpec
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,24 @@ def _wanted(
 def replicas_of(variant: Variant, observed: Observed) -> int:
     """Replicas that a variant shall have now."""
     revisions = observed.revisions(variant.name).values()
-    current = max((r.application.total_replicas for r in revisions if r.application), default=0)
-    capacities = [e.capacity for r in revisions for e in r.endpoints if e.capacity]
-    demand = observed.demand.get(variant.name) or observed.demand.get("")
     return wanted_replicas(
         variant.replicas,
-        demand,
-        min(capacities, default=None),
-        current,
-        observed.calm_seconds.get(variant.name, 0.0),
+        demand_of(variant.name, observed),
+        smallest_capacity(variant.name, observed),
+        current=max((r.application.total_replicas for r in revisions if r.application), default=0),
+        calm_seconds=observed.calm_seconds.get(variant.name, 0.0),
     )
+
+
+def demand_of(variant: str, observed: Observed) -> ModelDemand | None:
+    """What routers report for a variant; requests that wait without a variant count for every one."""
+    return observed.demand.get(variant) or observed.demand.get("")
+
+
+def smallest_capacity(variant: str, observed: Observed) -> int | None:
+    """Requests that one replica of a variant runs at once, where its engine says so."""
+    revisions = observed.revisions(variant).values()
+    return min((e.capacity for r in revisions for e in r.endpoints if e.capacity), default=None)
 
 
 def _surge(deployment: ModelDeployment, room: bool) -> bool:

@@ -51,7 +51,7 @@ def roll_out(
     ready = running[mine].ready if mine in running else 0
     wanted = _with_running_args(wanted, running.get(mine))
     if not surge and mine not in kept and any(r != mine and seen.application for r, seen in running.items()):
-        # The old one first gives its accelerators back; once it has drained, the next step starts the new one.
+        # The old one gives its accelerators back first; once it has drained, the next step goes on.
         return VariantRollout(progressing=True)
     others = {revision: app for revision, app in kept.items() if revision != mine} if surge else {}
     if not blind:

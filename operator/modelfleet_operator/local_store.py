@@ -1,0 +1,103 @@
+"""Resources from files: the store of `modelfleet up`. Edits are live; a broken one changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from watchfiles import awatch
+
+from modelfleet_operator.api import (
+    InvalidResourcesError,
+    ModelDeployment,
+    Problem,
+    Resource,
+    ServingPool,
+    parse_resources,
+)
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Everything that the files hold."""
+
+    deployments: dict[str, ModelDeployment] = field(default_factory=dict)
+    pools: dict[str, ServingPool] = field(default_factory=dict)
+
+
+def load(paths: Sequence[Path]) -> Resources:
+    """Resources of files, and of all YAML and JSON files in directories.
+
+    Raises:
+        InvalidResourcesError: with every problem of every file.
+    """
+    problems: list[Problem] = []
+    found: list[tuple[str, Resource]] = []
+    for path in _files(paths, problems):
+        try:
+            found += [(str(path), r) for r in parse_resources(path.read_text(encoding="utf-8"), str(path))]
+        except InvalidResourcesError as error:
+            problems += error.problems
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(Problem(str(path), "", f"can't be read: {error}"))
+    problems += _clashes(found)
+    if problems:
+        raise InvalidResourcesError(problems)
+    return Resources(
+        {r.key: r for _, r in found if isinstance(r, ModelDeployment)},
+        {r.key: r for _, r in found if isinstance(r, ServingPool)},
+    )
+
+
+def _files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        elif path.exists():
+            files.append(path)
+        else:
+            problems.append(Problem(str(path), "", "no such file or directory"))
+    return files
+
+
+def _clashes(found: Sequence[tuple[str, Resource]]) -> list[Problem]:
+    """Names that two resources of the files claim."""
+    problems = []
+    names: dict[tuple[str, str], str] = {}
+    for file, resource in found:
+        claims = [(resource.kind, resource.key)]
+        if isinstance(resource, ModelDeployment):
+            adapters = [a.name for a in resource.spec.adapters]
+            claims += [("model name", name) for name in (resource.model_name, *adapters)]
+        for claim in claims:
+            other = names.setdefault(claim, f"{resource.kind} {resource.key}")
+            if names.get(claim) != f"{resource.kind} {resource.key}" or claims.count(claim) > 1:
+                problems.append(Problem(file, f"{claim[0]} {claim[1]}", f"is already taken by {other}"))
+    keys = [(r.kind, r.key) for _, r in found]
+    problems += [
+        Problem(file, "metadata.name", f"{r.kind} {r.key} stands twice")
+        for i, (file, r) in enumerate(found)
+        if (r.kind, r.key) in keys[:i]
+    ]
+    return problems
+
+
+async def watch(paths: Sequence[Path]) -> AsyncIterator[Resources | InvalidResourcesError]:
+    """What the files hold after each change, or what is wrong with it."""
+    # Editors replace files; the folders see that, the files' own watches would be lost.
+    folders = {path if path.is_dir() else path.absolute().parent for path in paths}
+    watched = {path.absolute() for path in paths}
+
+    def ours(_change: object, name: str) -> bool:
+        changed = Path(name)
+        return changed in watched or (changed.parent in watched and changed.suffix in _SUFFIXES)
+
+    async for _ in awatch(*folders, watch_filter=ours, debounce=200, recursive=False):
+        try:
+            yield load(paths)
+        except InvalidResourcesError as error:
+            yield error
