@@ -5,7 +5,6 @@
 package tools
 
 import (
-	_ "github.com/ray-project/kuberay/ray-operator"
 	_ "go.etcd.io/etcd/server/v3"
 	_ "helm.sh/helm/v3/cmd/helm"
 	_ "k8s.io/kubernetes/cmd/kube-apiserver"

@@ -1,0 +1,404 @@
+"""The test bed itself: what the other tests take for granted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.controlplane.bed import (
+    GPU,
+    GPU_TOLERATION,
+    Cluster,
+    CommandError,
+    ControlPlane,
+    NodeGroup,
+    Permission,
+    build,
+    permissions,
+    wait_until,
+)
+from tests.controlplane.bed import nodes as machines
+
+pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
+
+
+def gpu_pod(name: str, product: str, gpus: int, **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "nodeSelector": {"nvidia.com/gpu.product": product},
+            "containers": [
+                {"name": "engine", "image": "engine", "resources": {"limits": {GPU: str(gpus)}}},
+            ],
+            **spec,
+        },
+    }
+
+
+def condition(item: dict[str, Any] | None, kind: str) -> dict[str, str]:
+    found = [each for each in (item or {}).get("status", {}).get("conditions", []) if each["type"] == kind]
+    return found[0] if found else {}
+
+
+def wait_ready(cluster: Cluster, kind: str, name: str, namespace: str, timeout: float = 30) -> dict[str, Any]:
+    wait_until(
+        lambda: condition(cluster.find(kind, name, namespace), "Ready").get("status") == "True",
+        timeout=timeout,
+        what=f"{kind} {name} Ready",
+    )
+    return cluster.get(kind, name, namespace)
+
+
+def test_starts_in_under_thirty_seconds(
+    control_plane: ControlPlane, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capsys.disabled():
+        print(f"\ncontrol plane, seconds until ready: {control_plane.startup_seconds}")
+    assert control_plane.startup_seconds["total"] < 30
+
+
+def test_server_and_helm_report_the_pinned_versions(control_plane: ControlPlane) -> None:
+    pinned = build.versions("kubernetes")
+    server = json.loads(control_plane.kubectl("version", "-o", "json"))["serverVersion"]
+    assert server["gitVersion"] == pinned["k8s.io/kubernetes"]
+    assert int(server["minor"]) >= 34
+    assert control_plane.helm("version", "--template={{.Version}}") == pinned["helm.sh/helm/v3"]
+    capabilities = control_plane.helm("template", str(Path(__file__).parent / "testdata" / "capabilities"))
+    assert f"kubeVersion: v1.{server['minor']}" in capabilities
+
+
+def test_everything_listens_on_loopback_only(control_plane: ControlPlane) -> None:
+    listening = {
+        (name, connection.laddr.ip)
+        for name, pid in control_plane.pids.items()
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {name for name, _ in listening} == set(control_plane.pids)
+    assert {address for _, address in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("group", machines.DEFAULT_FLEET, ids=lambda group: group.name)
+def test_nodes_look_like_the_machines_they_stand_for(control_plane: ControlPlane, group: NodeGroup) -> None:
+    for number in range(group.count):
+        node = control_plane.get("node", f"{group.name}-{number}")
+        labels, allocatable = node["metadata"]["labels"], node["status"]["allocatable"]
+        assert condition(node, "Ready")["status"] == "True"
+        if group.gpu is None:
+            assert GPU not in allocatable
+            assert "nvidia.com/gpu.present" not in labels
+        else:
+            assert allocatable[GPU] == node["status"]["capacity"][GPU] == str(group.gpus)
+            assert labels["nvidia.com/gpu.product"] == group.gpu.product
+            assert labels["nvidia.com/gpu.memory"] == str(group.gpu.memory_mib)
+            assert labels["nvidia.com/gpu.count"] == str(group.gpus)
+            assert machines.GPU_TAINT in node["spec"]["taints"]
+
+
+def test_gpu_pod_is_scheduled_to_its_machine_and_ready(cluster: Cluster, namespace: str) -> None:
+    pod = gpu_pod("engine", "Tesla-T4", 2, tolerations=[GPU_TOLERATION])
+    cluster.apply(pod, namespace=namespace)
+    ready = wait_ready(cluster, "pod", "engine", namespace)
+    assert ready["spec"]["nodeName"].startswith("t4-")
+    assert ready["status"]["podIP"].startswith("10.")
+
+
+@pytest.mark.parametrize(
+    ("pod", "why"),
+    [
+        (gpu_pod("tainted", "Tesla-T4", 1), "untolerated taint"),
+        (gpu_pod("too-many", "Tesla-T4", 5, tolerations=[GPU_TOLERATION]), "Insufficient nvidia.com/gpu"),
+        (gpu_pod("unknown", "NVIDIA-H100-80GB-HBM3", 1, tolerations=[GPU_TOLERATION]), "node affinity"),
+    ],
+    ids=lambda value: value["metadata"]["name"] if isinstance(value, dict) else "",
+)
+def test_scheduler_says_why_a_pod_fits_nowhere(
+    cluster: Cluster, namespace: str, pod: dict[str, Any], why: str
+) -> None:
+    cluster.apply(pod, namespace=namespace)
+    name = pod["metadata"]["name"]
+    wait_until(
+        lambda: why in condition(cluster.find("pod", name, namespace), "PodScheduled").get("message", ""),
+        timeout=20,
+        what=f"pod {name} unschedulable: {why}",
+    )
+
+
+def test_deployment_becomes_available_and_is_collected_with_its_pods(cluster: Cluster, namespace: str) -> None:
+    cluster.kubectl("create", "deployment", "web", "--image=web", "--replicas=3", "-n", namespace)
+    cluster.kubectl("rollout", "status", "deployment/web", "-n", namespace, "--timeout=30s")
+    cluster.kubectl("delete", "deployment", "web", "-n", namespace, "--wait=false")
+    wait_until(lambda: not cluster.list("pods", namespace), timeout=30, what="pods collected")
+
+
+def test_job_completes(cluster: Cluster, namespace: str) -> None:
+    cluster.kubectl("create", "job", "once", "--image=once", "-n", namespace)
+    cluster.kubectl("wait", "--for=condition=Complete", "job/once", "-n", namespace, "--timeout=30s")
+
+
+def test_volume_claim_is_bound(cluster: Cluster, namespace: str) -> None:
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "models"},
+        "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "10Gi"}}},
+    }
+    cluster.apply(claim, namespace=namespace)
+    cluster.kubectl("wait", "--for=jsonpath={.status.phase}=Bound", "pvc/models", "-n", namespace)
+
+
+def test_a_machine_can_come_and_go(control_plane: ControlPlane, namespace: str) -> None:
+    h100 = machines.Gpu("NVIDIA-H100-80GB-HBM3", 81559, "hopper", (9, 0), mig_capable=True)
+    pod = gpu_pod("engine", h100.product, 8, tolerations=[GPU_TOLERATION])
+    control_plane.apply(pod, namespace=namespace)
+    names = control_plane.add_nodes(NodeGroup("h100-spot", 1, h100, 8, spot=True))
+    ready = wait_ready(control_plane, "pod", "engine", namespace)
+    assert [ready["spec"]["nodeName"]] == names
+    control_plane.remove_nodes(*names)
+    wait_until(
+        lambda: control_plane.find("pod", "engine", namespace) is None,
+        timeout=60,
+        what="the pod gone with its machine",
+    )
+
+
+WIDGET = """
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: widgets.bed.modelfleet.io}
+spec:
+  group: bed.modelfleet.io
+  scope: Namespaced
+  names: {plural: widgets, singular: widget, kind: Widget}
+  versions:
+  - name: v1
+    served: true
+    storage: true
+    schema:
+      openAPIV3Schema:
+        type: object
+        properties:
+          spec:
+            type: object
+            properties:
+              min: {type: integer, default: 1}
+              max: {type: integer}
+            x-kubernetes-validations:
+            - {rule: self.min <= self.max, message: min is above max}
+"""
+
+
+def test_custom_resource_with_cel_and_defaults(cluster: Cluster, namespace: str) -> None:
+    def widget(name: str, **spec: int) -> dict[str, Any]:
+        return {
+            "apiVersion": "bed.modelfleet.io/v1",
+            "kind": "Widget",
+            "metadata": {"name": name},
+            "spec": spec,
+        }
+
+    cluster.apply(WIDGET)
+    cluster.wait_for_crd("widgets.bed.modelfleet.io")
+    cluster.apply(widget("good", max=2), namespace=namespace)
+    assert cluster.get("widget", "good", namespace)["spec"] == {"min": 1, "max": 2}
+    with pytest.raises(CommandError, match="min is above max"):
+        cluster.apply(widget("bad", min=3, max=2), namespace=namespace)
+
+
+def test_rbac_denies_and_the_audit_log_tells(control_plane: ControlPlane, namespace: str) -> None:
+    since = control_plane.audit.position()
+    stranger = control_plane.kubeconfig("alice", ["team-a"])
+    with pytest.raises(CommandError, match='User "alice" cannot list resource "pods"'):
+        control_plane.kubectl("get", "pods", "-n", namespace, kubeconfig=stranger)
+    control_plane.kubectl(
+        "create", "rolebinding", "team-a", "--clusterrole=view", "--group=team-a", "-n", namespace
+    )
+
+    def allowed() -> bool:  # the authorizer learns of the binding through its own watch
+        answer = control_plane.kubectl("auth", "whoami", "-o", "json", kubeconfig=stranger)
+        assert json.loads(answer)["status"]["userInfo"]["groups"] == ["team-a", "system:authenticated"]
+        try:
+            control_plane.kubectl("get", "pods", "-n", namespace, kubeconfig=stranger)
+        except CommandError:
+            return False
+        return True
+
+    wait_until(allowed, timeout=10, what="alice may list pods")
+    denied = control_plane.audit.denied("alice", since)
+    assert {(event.permission, event.namespace) for event in denied} == {
+        (Permission("", "pods", "list"), namespace)
+    }
+    assert Permission("", "pods", "list") in control_plane.audit.used("alice", since)
+
+
+def test_service_account_has_its_own_rights(control_plane: ControlPlane, namespace: str) -> None:
+    control_plane.kubectl("create", "serviceaccount", "robot", "-n", namespace)
+    control_plane.kubectl(
+        "create", "role", "robot", "--verb=get,list", "--resource=configmaps", "-n", namespace
+    )
+    control_plane.kubectl(
+        "create", "rolebinding", "robot", "--role=robot", f"--serviceaccount={namespace}:robot", "-n", namespace
+    )
+    robot = control_plane.service_account_kubeconfig(namespace, "robot")
+
+    def listed() -> bool:
+        try:
+            control_plane.kubectl("get", "configmaps", kubeconfig=robot)
+        except CommandError:
+            return False
+        return True
+
+    wait_until(listed, timeout=10, what="the robot may list")
+    with pytest.raises(CommandError, match="cannot list resource"):
+        control_plane.kubectl("get", "secrets", kubeconfig=robot)
+    granted = permissions(control_plane.get("role", "robot", namespace)["rules"])
+    used = control_plane.audit.used(f"system:serviceaccount:{namespace}:robot")
+    assert granted - used == {Permission("", "configmaps", "get")}
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["stopped", "killed"])
+def test_objects_survive_a_restart_of_the_api_server(
+    control_plane: ControlPlane, namespace: str, hard: bool
+) -> None:
+    control_plane.kubectl("create", "configmap", "kept", "--from-literal=key=value", "-n", namespace)
+    seconds = control_plane.restart_apiserver(hard=hard)
+    assert seconds < 30
+    assert control_plane.get("configmap", "kept", namespace)["data"] == {"key": "value"}
+    cluster_pod = gpu_pod("after", "NVIDIA-A10", 1, tolerations=[GPU_TOLERATION])
+    control_plane.apply(cluster_pod, namespace=namespace)
+    wait_ready(control_plane, "pod", "after", namespace, timeout=60)
+
+
+def test_a_component_can_be_away(control_plane: ControlPlane, namespace: str) -> None:
+    control_plane.stop("kube-scheduler")
+    try:
+        control_plane.apply(gpu_pod("waits", "Tesla-T4", 1, tolerations=[GPU_TOLERATION]), namespace=namespace)
+        assert "nodeName" not in control_plane.get("pod", "waits", namespace)["spec"]
+    finally:
+        control_plane.start_component("kube-scheduler")
+    wait_ready(control_plane, "pod", "waits", namespace)
+
+
+def test_a_frozen_api_server_hangs_and_goes_on(control_plane: ControlPlane) -> None:
+    apiserver = control_plane.components["kube-apiserver"]
+    apiserver.pause()
+    try:
+        with pytest.raises(CommandError, match="(?i)timeout|deadline|exceeded"):
+            control_plane.kubectl("get", "--raw", "/version", "--request-timeout=1s")
+    finally:
+        apiserver.resume()
+    assert "gitVersion" in control_plane.kubectl("get", "--raw", "/version")
+
+
+def test_namespace_that_hangs_says_what_it_waits_for(cluster: Cluster) -> None:
+    name = cluster.create_namespace()
+    held = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "held", "finalizers": ["bed.io/held"]}}
+    cluster.apply(held, namespace=name)
+    with pytest.raises(TimeoutError, match=r"bed\.io/held"):
+        cluster.delete_namespace(name, timeout=8)
+    cluster.kubectl("patch", "configmap", "held", "-n", name, "--type=json", "-p", '[{"op":"remove","path":"/metadata/finalizers"}]')
+    wait_until(lambda: cluster.find("namespace", name) is None, timeout=60, what="the namespace gone")
+
+
+RAY_CLUSTER = """
+apiVersion: ray.io/v1
+kind: RayCluster
+metadata: {name: small}
+spec:
+  rayVersion: 2.60.0
+  headGroupSpec:
+    rayStartParams: {}
+    template:
+      spec:
+        containers:
+        - {name: ray-head, image: ray, resources: {requests: {cpu: "1", memory: 4Gi}}}
+  workerGroupSpecs:
+  - groupName: a100
+    replicas: 2
+    minReplicas: 0
+    maxReplicas: 4
+    rayStartParams: {}
+    template:
+      spec:
+        nodeSelector: {nvidia.com/gpu.product: NVIDIA-A100-SXM4-80GB}
+        tolerations: [{key: nvidia.com/gpu, operator: Exists}]
+        containers:
+        - {name: ray-worker, image: ray, resources: {limits: {cpu: "4", memory: 16Gi, nvidia.com/gpu: "8"}}}
+"""
+
+
+def test_kuberay_makes_a_cluster_ready(kuberay_operator: ControlPlane, namespace: str) -> None:
+    kuberay_operator.apply(RAY_CLUSTER, namespace=namespace)
+    wait_until(
+        lambda: kuberay_operator.get("raycluster", "small", namespace).get("status", {}).get("state") == "ready",
+        timeout=60,
+        what="RayCluster ready",
+    )
+    status = kuberay_operator.get("raycluster", "small", namespace)["status"]
+    assert status["availableWorkerReplicas"] == 2
+    assert status["desiredGPU"] == "16"
+    pods = kuberay_operator.list("pods", namespace, "ray.io/node-type=worker")
+    assert {pod["spec"]["nodeName"] for pod in pods} == {"a100-80g-0", "a100-80g-1"}
+    denied = kuberay_operator.audit.denied("system:serviceaccount:kuberay-system:kuberay-operator")
+    assert denied == []
+
+
+PLAIN_SESSION = textwrap.dedent(
+    """
+    import json, sys, time
+    from tests.controlplane.bed import ControlPlane, NodeGroup
+    bed = ControlPlane(fleet=[NodeGroup("cpu", 1)])
+    bed.__enter__()
+    print(json.dumps({"pids": bed.pids, "guard": bed.guard_pid, "work": str(bed.work)}), flush=True)
+    time.sleep(300)
+    """
+)
+
+
+def test_nothing_is_left_when_the_test_run_is_killed() -> None:
+    root = Path(__file__).parents[2]
+    run = subprocess.Popen([sys.executable, "-c", PLAIN_SESSION], cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout is not None
+        with run.stdout:
+            started = json.loads(run.stdout.readline())
+            os.kill(run.pid, signal.SIGKILL)
+            run.wait(10)
+    finally:
+        if run.poll() is None:
+            run.kill()
+            run.wait(10)
+    assert len(started["pids"]) == 5
+    everything = [*started["pids"].values(), started["guard"]]
+    wait_until(
+        lambda: not any(_alive(pid) for pid in everything) and not Path(started["work"]).exists(),
+        timeout=20,
+        what="all processes and files gone",
+    )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_plain_http_client_can_speak_to_it(control_plane: ControlPlane) -> None:
+    import ssl
+
+    trusted = ssl.create_default_context(cafile=str(control_plane.ca_file))
+    with urllib.request.urlopen(f"{control_plane.url}/version", timeout=5, context=trusted) as answer:
+        assert json.load(answer)["major"] == "1"
