@@ -1,0 +1,364 @@
+"""The route table as the data path reads it: every lookup is one dictionary access.
+
+Objects survive updates: an endpoint keeps its connections, counts and health while its model is rewritten,
+and a model keeps the requests that wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from modelfleet_serving.contract import (
+    HEADER_MODEL,
+    HEADER_REPLICA,
+    HEADER_VARIANT,
+    Affinity,
+    Endpoint,
+    EndpointState,
+    ModelRoute,
+    VariantRoute,
+)
+from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.observe import VariantStats
+
+if TYPE_CHECKING:
+    from modelfleet_serving.router.upstream import UpstreamConnection
+
+_log = logging.getLogger(__name__)
+
+_UNSAFE: Final = re.compile(r"[^\x20-\x7e]")
+_NAMES_IN_ERROR: Final = 50
+
+
+class TableError(ValueError):
+    """A route table that can't be used; says where."""
+
+
+class EndpointRef:
+    """One engine.
+
+    Attributes:
+        row: its row of shared counters.
+        cell: this worker's cell in that row.
+        ready: may get new requests, by its supervisor's word.
+        idle: open connections that carry no request, the most recently used last.
+    """
+
+    __slots__ = (
+        "_blocks",
+        "adapters",
+        "authority",
+        "capacity",
+        "cell",
+        "host",
+        "id",
+        "idle",
+        "path",
+        "port",
+        "ready",
+        "request_tail",
+        "revision",
+        "row",
+        "tls",
+        "variant",
+    )
+
+    def __init__(self, spec: Endpoint, variant: VariantRef, row: int, cell: int) -> None:
+        self.id = spec.id
+        self.variant = variant
+        self.row = row
+        self.cell = cell
+        self.idle: list[UpstreamConnection] = []
+        self._blocks: dict[str, bytes] = {}
+        self.tls, self.host, self.port, self.authority, self.path = parse_endpoint_url(spec.url)
+        self.request_tail = b" HTTP/1.1\r\nhost: " + self.authority + b"\r\n"
+        self.update(spec)
+
+    def update(self, spec: Endpoint) -> None:
+        """Takes over what may change in an endpoint's life."""
+        self.ready = spec.state is EndpointState.READY
+        self.capacity = spec.capacity
+        self.revision = spec.revision
+        self.adapters = frozenset(spec.adapters)
+
+    def headers(self, model: str) -> bytes:
+        """Header lines that tell a client who answered."""
+        block = self._blocks.get(model)
+        if block is None:
+            block = (
+                f"{HEADER_MODEL}: {model}\r\n{HEADER_VARIANT}: {self.variant.name}\r\n"
+                f"{HEADER_REPLICA}: {self.id}\r\n"
+            ).encode("ascii")
+            self._blocks[model] = block
+        return block
+
+
+class VariantRef:
+    """One variant of a model with its engines."""
+
+    __slots__ = ("endpoints", "model", "name", "revision_weights", "stats")
+
+    def __init__(self, name: str, model: ModelRef) -> None:
+        self.name = name
+        self.model = model
+        self.endpoints: list[EndpointRef] = []
+        self.revision_weights: dict[str, int] = {}
+        self.stats = VariantStats(model.name, name)
+
+
+class ModelRef:
+    """One model."""
+
+    __slots__ = (
+        "adapters",
+        "affinity",
+        "fallback",
+        "name",
+        "namespace",
+        "queue",
+        "row",
+        "spec",
+        "variants",
+        "weights",
+    )
+
+    def __init__(self, spec: ModelRoute, row: int) -> None:
+        self.name = spec.name
+        self.row = row
+        self.variants: dict[str, VariantRef] = {}
+        self.take(spec)
+
+    def take(self, spec: ModelRoute) -> None:
+        """Takes over the settings; endpoints are the table's part."""
+        self.spec = spec
+        self.namespace = spec.namespace
+        self.fallback = list(spec.fallback)
+        self.affinity: Affinity = spec.affinity
+        self.queue = spec.queue
+        self.weights = dict(spec.weights)
+        self.adapters = frozenset(spec.adapters).union(
+            name for variant in spec.variants for endpoint in variant.endpoints for name in endpoint.adapters
+        )
+
+
+class Target:
+    """What a request's model name stands for.
+
+    Attributes:
+        name: the name without a variant: what the engine is asked for and the answer's header says.
+        pin: the variant that was named, or ``None``.
+        adapter: the LoRA adapter, when the name is an adapter's.
+    """
+
+    __slots__ = ("_pinned", "adapter", "model", "name", "pin")
+
+    def __init__(self, name: str, model: ModelRef, adapter: str | None, pin: str | None = None) -> None:
+        self.name = name
+        self.model = model
+        self.adapter = adapter
+        self.pin = pin
+        self._pinned: dict[str, Target] = {}
+
+    def pinned(self, variant: str) -> Target:
+        """The same target bound to a variant.
+
+        Raises:
+            RequestError: 404 when the model has no such variant.
+        """
+        target = self._pinned.get(variant)
+        if target is None or variant not in self.model.variants:
+            if variant not in self.model.variants:
+                names = ", ".join(sorted(self.model.variants)) or "none"
+                raise RequestError(
+                    404,
+                    f"the model {self.name!r} has no variant {variant!r}; its variants are: {names}",
+                    code="variant_not_found",
+                    param="model",
+                )
+            target = self._pinned[variant] = Target(self.name, self.model, self.adapter, variant)
+        return target
+
+
+class Table:
+    """All routes of one worker."""
+
+    def __init__(self, row_of: Callable[[str], int], cell_of: Callable[[int], int]) -> None:
+        """``row_of`` gives the shared counter row of a key, ``cell_of`` this worker's cell of a row."""
+        self._row_of = row_of
+        self._cell_of = cell_of
+        self.models: dict[str, ModelRef] = {}
+        self._names: dict[str, Target] = {}
+        self.loaded = False
+
+    def put(self, spec: ModelRoute) -> list[EndpointRef]:
+        """Takes over one model; returns the endpoints that are gone from it."""
+        model = self.models.get(spec.name)
+        if model is None:
+            model = self.models[spec.name] = ModelRef(spec, self._row_of(f"queue {spec.name}"))
+        else:
+            model.take(spec)
+        gone: list[EndpointRef] = []
+        old = model.variants
+        model.variants = {}
+        for variant_spec in spec.variants:
+            variant = old.pop(variant_spec.name, None) or VariantRef(variant_spec.name, model)
+            gone += self._fill(variant, variant_spec)
+            model.variants[variant.name] = variant
+        for variant in old.values():
+            gone += variant.endpoints
+            variant.endpoints = []
+        return gone
+
+    def _fill(self, variant: VariantRef, spec: VariantRoute) -> list[EndpointRef]:
+        variant.revision_weights = dict(spec.revision_weights)
+        known = {(ref.id, ref.authority, ref.path): ref for ref in variant.endpoints}
+        endpoints = []
+        for endpoint in spec.endpoints:
+            if not endpoint.url:
+                continue
+            _, _, _, authority, path = parse_endpoint_url(endpoint.url)
+            ref = known.pop((endpoint.id, authority, path), None)
+            if ref is None:
+                row = self._row_of(endpoint_key(spec.name, variant.model.name, endpoint))
+                ref = EndpointRef(endpoint, variant, row, self._cell_of(row))
+            else:
+                ref.update(endpoint)
+            endpoints.append(ref)
+        variant.endpoints = endpoints
+        for ref in known.values():
+            ref.ready = False
+        return list(known.values())
+
+    def remove(self, name: str) -> list[EndpointRef]:
+        """Drops a model; returns its endpoints."""
+        model = self.models.pop(name, None)
+        if model is None:
+            return []
+        gone = [ref for variant in model.variants.values() for ref in variant.endpoints]
+        for ref in gone:
+            ref.ready = False
+        model.variants = {}
+        return gone
+
+    def publish(self) -> None:
+        """Makes the names of added and removed models and adapters known, in one step."""
+        names = {model.name: Target(model.name, model, None) for model in self.models.values()}
+        for model in self.models.values():
+            for adapter in model.adapters:
+                names.setdefault(adapter, Target(adapter, model, adapter))
+        self._names = names
+        self.loaded = True
+
+    def resolve(self, name: str) -> Target:
+        """The target of ``MODEL``, ``MODEL:VARIANT`` or an adapter's name.
+
+        Raises:
+            RequestError: 404 with the names that exist.
+        """
+        target = self._names.get(name)
+        if target is not None:
+            return target
+        base, colon, variant = name.rpartition(":")
+        target = self._names.get(base) if colon else None
+        if target is None:
+            raise RequestError(
+                404,
+                f"the model {_printable(name)!r} does not exist; {self._existing()}",
+                code="model_not_found",
+                param="model",
+            )
+        return target.pinned(variant)
+
+    def targets(self) -> Iterable[Target]:
+        """Every model and adapter."""
+        return self._names.values()
+
+    def _existing(self) -> str:
+        names = sorted(self._names)
+        if not names:
+            return "no model is being served"
+        shown = ", ".join(names[:_NAMES_IN_ERROR])
+        more = len(names) - _NAMES_IN_ERROR
+        return f"models are: {shown}" + (f" and {more} more (GET /v1/models lists them)" if more > 0 else "")
+
+
+def _printable(name: str) -> str:
+    return name if len(name) <= 200 else name[:200] + "…"
+
+
+def endpoint_key(variant: str, model: str, endpoint: Endpoint) -> str:
+    """Key of an endpoint's shared counter."""
+    return f"endpoint {model} {variant} {endpoint.id} {endpoint.url}"
+
+
+def parse_endpoint_url(url: str) -> tuple[bool, str, int, bytes, bytes]:
+    """TLS or not, host, port, authority and path prefix of an engine's base URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise TableError(f"{url!r} is not a base URL such as http://10.0.0.7:8000")
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise TableError(f"{url!r}: {error}") from error
+    tls = parts.scheme == "https"
+    authority = parts.netloc.rpartition("@")[2].encode("idna" if not parts.netloc.isascii() else "ascii")
+    return (
+        tls,
+        parts.hostname,
+        port or (443 if tls else 80),
+        authority,
+        parts.path.rstrip("/").encode("ascii"),
+    )
+
+
+def check_models(models: Iterable[ModelRoute]) -> list[str]:
+    """Everything wrong in a table, one line a fault, with its place."""
+    faults: list[str] = []
+    seen: set[str] = set()
+    for index, model in enumerate(models):
+        place = f"models[{index}]"
+        if not model.name or _UNSAFE.search(model.name):
+            faults.append(f"{place}.name: {model.name!r} must be printable ASCII")
+        if model.name in seen:
+            faults.append(f"{place}.name: {model.name!r} occurs twice")
+        seen.add(model.name)
+        faults += _check_variants(place, model)
+    return faults
+
+
+def _check_variants(place: str, model: ModelRoute) -> list[str]:
+    faults: list[str] = []
+    names = [variant.name for variant in model.variants]
+    if len(set(names)) != len(names):
+        faults.append(f"{place}.variants: a name occurs twice: {', '.join(names)}")
+    for field, listed in (("weights", model.weights), ("fallback", model.fallback)):
+        faults += [
+            f"{place}.{field}: {name!r} is no variant of {model.name!r} ({', '.join(names)})"
+            for name in listed
+            if name not in names
+        ]
+    faults += [
+        f"{place}.weights.{name}: {weight} is below 0" for name, weight in model.weights.items() if weight < 0
+    ]
+    for number, variant in enumerate(model.variants):
+        faults += _check_endpoints(f"{place}.variants[{number}]", variant)
+    return faults
+
+
+def _check_endpoints(where: str, variant: VariantRoute) -> list[str]:
+    faults: list[str] = []
+    if not variant.name or _UNSAFE.search(variant.name):
+        faults.append(f"{where}.name: {variant.name!r} must be printable ASCII")
+    for position, endpoint in enumerate(variant.endpoints):
+        if _UNSAFE.search(endpoint.id) or not endpoint.id:
+            faults.append(f"{where}.endpoints[{position}].id: {endpoint.id!r} must be printable ASCII")
+        try:
+            if endpoint.url or endpoint.state is EndpointState.READY:
+                parse_endpoint_url(endpoint.url)
+        except (TableError, UnicodeError) as error:
+            faults.append(f"{where}.endpoints[{position}].url: {error}")
+    return faults

@@ -1,0 +1,210 @@
+"""Connections to engines: opened, kept, reused, closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from modelfleet_serving.router.response import FramingError, ResponseHead
+
+if TYPE_CHECKING:
+    from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.table import EndpointRef
+
+_log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES: Final = 256 * 1024
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to an engine. Carries one request at a time.
+
+    Attributes:
+        exchange: the request that it carries, or ``None`` while it is idle.
+        body: takes the bytes of an answer's body; set by the exchange once it has the head.
+        reused: it has carried a request before: the engine may close it just when another one is sent.
+        stays: the engine keeps it open after the current answer.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "body",
+        "endpoint",
+        "exchange",
+        "idle_since",
+        "paused",
+        "reused",
+        "stays",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, endpoint: EndpointRef) -> None:
+        self.endpoint = endpoint
+        self.exchange: Exchange | None = None
+        self.body: Callable[[bytes], None] | None = None
+        self.reused = False
+        self.stays = True
+        self.paused = False
+        self.idle_since = 0.0
+        self._buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keeps the transport."""
+        self.transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """Passes an answer on."""
+        exchange = self.exchange
+        if exchange is None:
+            # An answer nobody asked for, such as uvicorn's 408 before it closes: not to be reused.
+            self.transport.abort()
+            return
+        try:
+            if self.body is not None:
+                self.body(data)
+            else:
+                self._head(exchange, data)
+        except FramingError as error:
+            exchange.on_upstream_lost(f"broke HTTP/1.1: {error}")
+            self.transport.abort()
+
+    def _head(self, exchange: Exchange, data: bytes) -> None:
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > MAX_HEAD_BYTES:
+                    raise FramingError(f"the head exceeds {MAX_HEAD_BYTES} bytes")
+                self._buffer = data
+                return
+            head = ResponseHead(data[:end])
+            data = data[end + 4 :]
+            if head.status >= 200 or head.status == 101:
+                exchange.on_response(self, head, data)
+                return
+
+    def eof_received(self) -> None:
+        """Lets the transport close."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tells the exchange, or leaves the pool."""
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.on_upstream_closed(self, str(exc) if exc else "closed the connection")
+            return
+        with contextlib.suppress(ValueError):
+            self.endpoint.idle.remove(self)
+
+    def pause_writing(self) -> None:
+        """The engine reads slowly: a tunnel stops reading from the client."""
+        if self.exchange is not None:
+            self.exchange.on_upstream_full()
+
+    def resume_writing(self) -> None:
+        """The engine has caught up."""
+        if self.exchange is not None:
+            self.exchange.on_upstream_drained()
+
+    def pause(self) -> None:
+        """Stops reading the answer while the client is slow."""
+        if not self.paused and not self.transport.is_closing():
+            self.paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Goes on reading the answer."""
+        if self.paused and not self.transport.is_closing():
+            self.paused = False
+            self.transport.resume_reading()
+
+
+class Connector:
+    """Opens connections and bounds the idle ones."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, connect_timeout: float, idle_limit: int, idle_timeout: float
+    ) -> None:
+        self._loop = loop
+        self._connect_timeout = connect_timeout
+        self._idle_limit = idle_limit
+        self._idle_timeout = idle_timeout
+        self._tls: ssl.SSLContext | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pools: set[EndpointRef] = set()
+
+    def open(self, endpoint: EndpointRef, exchange: Exchange) -> asyncio.Task[None]:
+        """Opens a connection for an exchange, which is told of the outcome."""
+        task = self._loop.create_task(self._open(endpoint, exchange))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _open(self, endpoint: EndpointRef, exchange: Exchange) -> None:
+        options: dict[str, Any] = {}
+        if endpoint.tls:
+            options = {"ssl": self._context(), "server_hostname": endpoint.host}
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await self._loop.create_connection(
+                    lambda: UpstreamConnection(endpoint), endpoint.host, endpoint.port, **options
+                )
+        except TimeoutError:
+            exchange.on_connect_failed(endpoint, f"no connection within {self._connect_timeout:g} s")
+        except (OSError, ssl.SSLError) as error:
+            exchange.on_connect_failed(endpoint, f"no connection: {error}")
+        else:
+            if not exchange.on_connected(endpoint, connection):
+                self.keep(connection)
+
+    def _context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        """Puts a connection whose answer is whole back for the next request."""
+        endpoint = connection.endpoint
+        connection.exchange = None
+        connection.body = None
+        idle = endpoint.idle
+        if len(idle) >= self._idle_limit or connection.transport.is_closing():
+            connection.transport.abort()
+            return
+        connection.resume()
+        connection.reused = True
+        connection.idle_since = self._loop.time()
+        if not idle:
+            self._pools.add(endpoint)
+        idle.append(connection)
+
+    def sweep(self, now: float) -> None:
+        """Closes connections that were idle for too long: the oldest stand first."""
+        limit = now - self._idle_timeout
+        for endpoint in list(self._pools):
+            idle = endpoint.idle
+            while idle and idle[0].idle_since < limit:
+                idle.pop(0).transport.abort()
+            if not idle:
+                self._pools.discard(endpoint)
+
+    def drop(self, endpoint: EndpointRef) -> None:
+        """Closes the idle connections of an endpoint that is gone."""
+        self._pools.discard(endpoint)
+        while endpoint.idle:
+            endpoint.idle.pop().transport.abort()
+
+    async def close(self) -> None:
+        """Closes everything that is idle or just being opened."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for endpoint in list(self._pools):
+            self.drop(endpoint)

@@ -1,0 +1,193 @@
+"""One worker process: its event loop's view of table, counters, clients and running requests."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Final
+
+from modelfleet_serving.contract import ModelRoute
+from modelfleet_serving.router.counters import Counters
+from modelfleet_serving.router.dispatch import Dispatcher
+from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.server import ClientConnection
+from modelfleet_serving.router.settings import Settings
+from modelfleet_serving.router.table import EndpointRef, Table
+from modelfleet_serving.router.upstream import Connector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.request import Request
+
+_log = logging.getLogger(__name__)
+
+SWEEP_SECONDS: Final = 0.1
+_SLICE: Final = 20
+"""Models taken over in one turn of the event loop."""
+
+
+class Worker:
+    """Everything that the requests of one process share."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        counters: Counters,
+        loop: asyncio.AbstractEventLoop,
+        row_of: Callable[[str], int],
+    ) -> None:
+        self.settings = settings
+        self.counters = counters
+        self.loop = loop
+        self.table = Table(row_of, counters.cell)
+        self.connector = Connector(
+            loop,
+            connect_timeout=settings.connect_timeout,
+            idle_limit=settings.pool_idle,
+            idle_timeout=settings.pool_idle_timeout,
+        )
+        self.dispatcher = Dispatcher(self)
+        self.clients: set[ClientConnection] = set()
+        self.active: set[Exchange] = set()
+        self.draining = False
+        self.cors = bool(settings.cors_origins)
+        self.date_line = b""
+        self.refused: dict[int, int] = {}
+        self._request_ids = itertools.count()
+        self._request_prefix = secrets.token_hex(12).encode()
+        self._sweep_handle: asyncio.TimerHandle | None = None
+        self._sweeps = 0
+        self._sweep()
+
+    def connection(self) -> ClientConnection:
+        """Protocol factory of the listener."""
+        return ClientConnection(self)
+
+    def next_request_id(self) -> bytes:
+        """An id that no other worker or router makes."""
+        return b"%b-%x" % (self._request_prefix, next(self._request_ids))
+
+    # --- The table ---
+
+    async def take_over(self, models: Sequence[ModelRoute], removed: Sequence[str], *, full: bool) -> None:
+        """Takes over changed models a few at a time, so that running streams notice nothing."""
+        table = self.table
+        gone: list[EndpointRef] = []
+        if full:
+            names = {model.name for model in models}
+            removed = [name for name in table.models if name not in names]
+        for index, model in enumerate(models):
+            gone += table.put(model)
+            if index % _SLICE == _SLICE - 1:
+                await asyncio.sleep(0)
+        for name in removed:
+            gone += table.remove(name)
+        table.publish()
+        for endpoint in gone:
+            self.connector.drop(endpoint)
+        self.dispatcher.pump_all()
+
+    # --- Time ---
+
+    def _sweep(self) -> None:
+        """One timer for all requests and clients: a timer each would cost more than the request."""
+        now = self.loop.time()
+        idle_limit = now - self.settings.idle_timeout
+        for exchange in tuple(self.active):
+            if exchange.deadline <= now or exchange.idle_since() < idle_limit:
+                exchange.on_timeout(now)
+        if self._sweeps % 10 == 0:
+            self.date_line = f"date: {formatdate(time.time(), usegmt=True)}\r\n".encode()
+            self.connector.sweep(now)
+            for client in tuple(self.clients):
+                if client.deadline <= now or client.full:
+                    client.sweep(now)
+        self.dispatcher.pump_all()
+        self._sweeps += 1
+        self._sweep_handle = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    # --- What requests ask ---
+
+    def admit(self, request: Request) -> None:
+        """Refuses a request before its body is read."""
+
+    def forwarded_credentials(self, request: Request) -> bytes:
+        """The client's credentials as header lines, where they are the engine's to check."""
+        lines = b""
+        for name in (b"authorization", b"x-api-key"):
+            value = request.special.get(name)
+            if value is not None:
+                lines += name + b": " + value + b"\r\n"
+        return lines
+
+    def cors_headers(self, request: Request) -> bytes:
+        """CORS header lines for the request's origin."""
+        origin = request.special.get(b"origin")
+        if origin is None:
+            return b""
+        allowed = [entry.strip().encode() for entry in self.settings.cors_origins.split(",")]
+        if b"*" not in allowed and origin not in allowed:
+            return b""
+        value = b"*" if b"*" in allowed else origin
+        return (
+            b"access-control-allow-origin: " + value + b"\r\nvary: origin\r\n"
+            b"access-control-expose-headers: x-request-id, x-modelfleet-model, x-modelfleet-variant, "
+            b"x-modelfleet-replica, x-modelfleet-fallback, retry-after\r\n"
+        )
+
+    def not_ready(self) -> str | None:
+        """Why load balancers should send nothing here, or ``None``."""
+        if self.draining:
+            return "draining"
+        return None if self.table.loaded else "no route table yet"
+
+    def answer_metrics(self, exchange: Exchange) -> None:
+        """Answers a scrape."""
+        raise RequestError(503, "metrics are not available", code="unavailable")
+
+    # --- Accounts ---
+
+    def count(self, exchange: Exchange, status: int, now: float) -> None:
+        """Counts a finished request."""
+        endpoint = exchange.endpoint
+        if endpoint is None:
+            self.count_refused(status)
+            return
+        stats = endpoint.variant.stats
+        stats.statuses[status] = stats.statuses.get(status, 0) + 1
+        stats.duration.observe(now - exchange.started)
+
+    def count_refused(self, status: int) -> None:
+        """Counts a request that reached no engine."""
+        self.refused[status] = self.refused.get(status, 0) + 1
+
+    def log_failure(self, endpoint: EndpointRef, reason: str) -> None:
+        """Says that an engine failed a request."""
+        _log.warning(
+            "engine %s of %s:%s %s", endpoint.id, endpoint.variant.model.name, endpoint.variant.name, reason
+        )
+
+    # --- The end ---
+
+    async def drain(self) -> None:
+        """Waits until the last request is answered or the drain time is over."""
+        self.draining = True
+        for client in tuple(self.clients):
+            client.close_when_idle()
+        deadline = self.loop.time() + self.settings.drain_timeout
+        while self.active and self.loop.time() < deadline:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        if self._sweep_handle is not None:
+            self._sweep_handle.cancel()
+        for client in tuple(self.clients):
+            client.transport.abort()
+        await self.connector.close()
