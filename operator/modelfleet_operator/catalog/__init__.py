@@ -1,0 +1,1 @@
+"""What is known of accelerators, engines, quantization and model architectures: data, and its lookups."""

@@ -1,0 +1,111 @@
+"""What each version of an engine does by default, where it decides about memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from modelfleet_operator.catalog.accelerators import Accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDefaults:
+    """Tokens and sequences of one step."""
+
+    tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDefaults:
+    """Defaults of one engine from one version on; sizes in tokens.
+
+    Attributes:
+        engine: name of the engine.
+        version: the exact version asked about.
+        memory_percent: share of the GPU that the engine takes.
+        block_size: tokens of a KV cache block.
+        cpu_block_size: the same on a CPU.
+        concurrent_batches: steps in flight at once.
+        cuda_graph_estimate: whether memory for CUDA graphs is set aside before the KV cache is sized.
+        max_cuda_graph_batch: largest batch that a graph is captured for.
+    """
+
+    engine: str
+    version: str
+    memory_percent: int
+    block_size: int
+    cpu_block_size: int
+    concurrent_batches: int
+    cuda_graph_estimate: bool
+    max_cuda_graph_batch: int
+    batch: tuple[tuple[float, BatchDefaults, frozenset[str]], ...]
+    cpu_batch: BatchDefaults
+
+    def batch_for(self, accelerator: Accelerator) -> BatchDefaults:
+        """Tokens and sequences of a step on this accelerator."""
+        if accelerator.is_cpu:
+            return self.cpu_batch
+        for memory_gib, defaults, exceptions in self.batch:
+            if accelerator.memory_gib >= memory_gib and accelerator.name not in exceptions:
+                return defaults
+        return self.batch[-1][1]
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Orders versions: the numbers of ``0.33.0`` or ``0.5.10rc1``."""
+    parts: list[int] = []
+    for part in version.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        parts.append(int(digits))
+    return tuple(parts)
+
+
+@cache
+def _data() -> Mapping[str, Any]:
+    text = files(__package__).joinpath("engines.yaml").read_text(encoding="utf-8")
+    loaded: Mapping[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
+def default_version(engine: str) -> str | None:
+    """The version that this release was tested with; ``None`` for engines without memory of their own."""
+    entry = _data().get(engine)
+    return str(entry["default"]) if entry else None
+
+
+@cache
+def engine_defaults(engine: str, version: str | None = None) -> EngineDefaults | None:
+    """Defaults of a version; of the oldest known for older ones; ``None`` for unknown engines."""
+    entry = _data().get(engine)
+    if entry is None:
+        return None
+    version = version or str(entry["default"])
+    versions = sorted(entry["versions"], key=lambda v: version_key(str(v["from"])), reverse=True)
+    found = next((v for v in versions if version_key(str(v["from"])) <= version_key(version)), versions[-1])
+    return EngineDefaults(
+        engine=engine,
+        version=version,
+        memory_percent=int(found["memoryPercent"]),
+        block_size=int(found["blockSize"]),
+        cpu_block_size=int(found["cpuBlockSize"]),
+        concurrent_batches=int(found["concurrentBatches"]),
+        cuda_graph_estimate=bool(found["cudaGraphEstimate"]),
+        max_cuda_graph_batch=int(found["maxCudaGraphBatch"]),
+        batch=tuple(
+            (
+                float(b["memoryGiB"]),
+                BatchDefaults(b["tokens"], b["sequences"]),
+                frozenset(b.get("except", ())),
+            )
+            for b in found["batch"]
+        ),
+        cpu_batch=BatchDefaults(found["cpuBatch"]["tokens"], found["cpuBatch"]["sequences"]),
+    )
