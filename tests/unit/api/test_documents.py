@@ -1,0 +1,214 @@
+"""Bad input gets every problem at once, each with line, field, value and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelfleet_operator.api import (
+    InvalidResourcesError,
+    ModelDeployment,
+    ServingPool,
+    duration_seconds,
+    parse_object,
+    parse_resources,
+    quantity_value,
+)
+
+SAMPLES = sorted(Path("manifests/samples").glob("*.yaml"))
+
+MINIMAL = """
+apiVersion: modelfleet.io/v1alpha1
+kind: ModelDeployment
+metadata: {name: m}
+spec:
+  model: {source: "hf://org/name"}
+  variants: [{name: bf16}]
+"""
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(InvalidResourcesError) as caught:
+        parse_resources(text, "f.yaml")
+    return [str(p) for p in caught.value.problems]
+
+
+def spec(**fields: object) -> dict[str, object]:
+    base = {"model": {"source": "hf://o/n"}, "variants": [{"name": "a"}, {"name": "b"}]}
+    return {
+        "apiVersion": "modelfleet.io/v1alpha1",
+        "kind": "ModelDeployment",
+        "metadata": {"name": "m"},
+        "spec": base | fields,
+    }
+
+
+def test_defaults_are_what_the_schema_says() -> None:
+    (deployment,) = parse_resources(MINIMAL, "f.yaml")
+    assert isinstance(deployment, ModelDeployment)
+    assert deployment.key == "default/m"
+    assert deployment.model_name == "m"
+    assert deployment.spec.pool == "default"
+    assert deployment.spec.routing.affinity == "Prefix"
+    assert deployment.spec.variants[0].replicas.min == 1
+    assert deployment.spec.variants[0].replicas.upper == 1
+    assert deployment.engine(deployment.spec.variants[0]).type == "vLLM"
+
+
+def test_all_problems_of_all_documents_at_once() -> None:
+    text = """apiVersion: modelfleet.io/v1alpha1
+kind: ModelDeployment
+metadata: {name: Foo_bar}
+spec:
+  model: {source: "hf://a/b", tsk: Generate}
+  variants:
+  - name: a
+    replicas: {min: 3, max: 1}
+    quantization: AWK
+---
+kind: Foo
+"""
+    found = problems_of(text)
+    assert len(found) == 6
+    assert found[0].startswith("f.yaml:3: metadata.name: 'Foo_bar' is not allowed; must match")
+    assert found[1] == "f.yaml:5: spec.model.tsk: unknown field; did you mean task?"
+    assert (
+        "f.yaml:9: spec.variants[0].quantization: 'AWK' is not allowed; use one of 'None', 'FP8'" in found[2]
+    )
+    assert (
+        found[3]
+        == "f.yaml:8: spec.variants[0].replicas.min: replicas.min must not exceed replicas.max (is 3)"
+    )
+    assert found[4].startswith("f.yaml:11: apiVersion: not set is not served here")
+    assert found[5].startswith("f.yaml:11: kind: 'Foo' is not a kind of modelfleet.io/v1alpha1")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "f.yaml:1: not valid YAML: while parsing a flow sequence"),
+        ("", "f.yaml: holds no resource"),
+        ("---\n---\n", "f.yaml: holds no resource"),
+        ("- 1", "f.yaml:1: must be an object, not a list"),
+        (MINIMAL + "  pool: a\n  pool: b\n", "f.yaml:9: pool: stands twice in one object"),
+        (MINIMAL.replace("name: bf16", "name: bf16, engine: {version: 0.33}"), "put it in quotes"),
+        (MINIMAL.replace("name: bf16", "name: 16"), "16 is a number; must be a string"),
+        (MINIMAL.replace("hf://org/name", "http://x"), "must match"),
+        (MINIMAL.replace("name: bf16", "name: bf16, replicas: {min: -1}"), "greater than or equal to 0"),
+        (MINIMAL.replace("name: bf16", "name: bf16, replicas: {min: true}"), "valid integer"),
+        (MINIMAL.replace("name: m}", "name: " + "m" * 41 + "}"), "at most 40 characters"),
+        (MINIMAL.replace("[{name: bf16}]", "[]"), "at least 1 item"),
+        (MINIMAL.replace("[{name: bf16}]", "[{name: a}, {name: a}]"), "each variant needs a name of its own"),
+        (MINIMAL.replace('{source: "hf://org/name"}', "{}"), "model.source is needed unless every variant"),
+    ],
+)
+def test_each_mistake_is_named(text: str, expected: str) -> None:
+    assert any(expected in problem for problem in problems_of(text)), problems_of(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        ({"routing": {"weights": {"c": 1}}}, "spec.routing.weights", "must name variants"),
+        ({"routing": {"weights": {"a": 0, "b": 0}}}, "spec.routing.weights", "above 0"),
+        ({"routing": {"fallback": ["c"]}}, "spec.routing.fallback", "must name variants"),
+        ({"routing": {"fallback": ["a", "a"]}}, "spec.routing.fallback", "each variant once"),
+        ({"routing": {"queue": {"timeout": "5 minutes"}}}, "spec.routing.queue.timeout", "must match"),
+        ({"engine": {"gpuMemoryPercent": 90, "kvCacheMemory": "1Gi"}}, "spec.engine.kvCacheMemory", "exclude"),
+        ({"engine": {"env": [{"name": "A B", "value": ""}]}}, "spec.engine.env[0].name", "must match"),
+        ({"model": {"source": "hf://o/n", "name": "x"}, "adapters": [{"name": "x", "source": "hf://o/a"}]},
+         "spec.adapters", "must not have the name of its model"),
+    ],
+)  # fmt: skip
+def test_cross_field_rules(fields: dict[str, object], field: str, message: str) -> None:
+    with pytest.raises(InvalidResourcesError) as caught:
+        parse_object(spec(**fields))
+    assert any(p.field == field and message in p.message for p in caught.value.problems), str(caught.value)
+
+
+def test_objects_of_the_api_server_carry_unread_metadata() -> None:
+    body = spec()
+    body["metadata"] = {"name": "m", "namespace": "team", "managedFields": [{}], "generation": 3, "uid": "u"}
+    resource = parse_object(body)
+    assert (resource.key, resource.metadata.generation) == ("team/m", 3)
+
+
+def test_a_pool_is_either_given_or_made() -> None:
+    pool = {
+        "apiVersion": "modelfleet.io/v1alpha1",
+        "kind": "ServingPool",
+        "metadata": {"name": "default"},
+        "spec": {"ray": {}, "accelerators": [{"type": "A10"}]},
+    }
+    with pytest.raises(InvalidResourcesError, match="set either ray.address or ray.cluster"):
+        parse_object(pool)
+    pool["spec"] = {"ray": {"address": "http://ray:8265"}, "accelerators": [{"type": "A10"}, {"type": "A10"}]}
+    with pytest.raises(InvalidResourcesError, match="each accelerator type stands once"):
+        parse_object(pool)
+    pool["spec"] = {"ray": {"cluster": {}}, "accelerators": [{"type": "A10", "maxNodes": 3}]}
+    parsed = parse_object(pool)
+    assert isinstance(parsed, ServingPool)
+    assert parsed.spec.ray.cluster is not None
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+    )
+)
+def test_any_spec_gives_problems_never_a_crash(value: object) -> None:
+    body = spec()
+    body["spec"] = value
+    with pytest.raises(InvalidResourcesError):
+        parse_object(body)
+
+
+def test_units() -> None:
+    assert duration_seconds("1h30m") == 5400
+    assert duration_seconds("250ms") == 0.25
+    assert quantity_value("24Gi") == 24 * 2**30
+    assert quantity_value("500m") == 0.5
+    assert quantity_value("2") == 2
+
+
+def test_variants_override_the_engine_field_by_field() -> None:
+    engine = {
+        "type": "vLLM",
+        "maxModelLen": 4096,
+        "args": {"a": 1, "b": 1},
+        "env": [{"name": "X", "value": "1"}],
+    }
+    override = {
+        "type": "SGLang",
+        "args": {"b": 2},
+        "env": [{"name": "X", "value": "2"}, {"name": "Y", "value": "3"}],
+    }
+    deployment = parse_object(
+        spec(engine=engine, variants=[{"name": "a", "engine": override}, {"name": "b"}])
+    )
+    assert isinstance(deployment, ModelDeployment)
+    merged = deployment.engine(deployment.spec.variants[0]).settings()
+    assert (merged.type, merged.max_model_len) == ("SGLang", 4096)
+    assert merged.args == {"a": 1, "b": 2}
+    assert merged.env == {"X": "2", "Y": "3"}
+    assert deployment.engine(deployment.spec.variants[1]).settings().type == "vLLM"
+
+
+def test_a_variant_may_size_the_kv_cache_where_the_deployment_gave_a_share() -> None:
+    body = spec(engine={"gpuMemoryPercent": 80}, variants=[{"name": "a", "engine": {"kvCacheMemory": "1Gi"}}])
+    deployment = parse_object(body)
+    assert isinstance(deployment, ModelDeployment)
+    settings = deployment.engine(deployment.spec.variants[0]).settings()
+    assert (settings.kv_cache_memory_bytes, settings.gpu_memory_percent) == (2**30, None)
+
+
+def test_adapters_make_room_for_lora() -> None:
+    deployment = parse_object(spec(adapters=[{"name": f"a{i}", "source": "hf://o/a"} for i in range(3)]))
+    assert isinstance(deployment, ModelDeployment)
+    lora = deployment.engine(deployment.spec.variants[0]).settings(adapters=3).lora
+    assert lora is not None
+    assert (lora.max_loras, lora.max_rank) == (3, 16)
