@@ -17,13 +17,14 @@ from modelfleet_operator.api import ModelDeployment, ServingPool
 from modelfleet_operator.clients.errors import ClientError, RefusedError, UnavailableError
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
-from modelfleet_operator.planner import ModelFacts, ModelUnavailable, PlanResult, plan_all
-from modelfleet_operator.planner.inputs import fits_beside, pool_view, variant_requests
+from modelfleet_operator.planner import ModelFacts, ModelUnavailable
+from modelfleet_operator.planner.inputs import pool_view
 from modelfleet_operator.reconcile.applications import ApplicationState, registry_application
 from modelfleet_operator.reconcile.calm import CalmTracker
 from modelfleet_operator.reconcile.conditions import Finding
 from modelfleet_operator.reconcile.core import Decision, reconcile
-from modelfleet_operator.reconcile.observed import Snapshot, sort_out
+from modelfleet_operator.reconcile.observed import Observed, Snapshot, sort_out
+from modelfleet_operator.reconcile.planning import PoolPlan, plan_pool
 from modelfleet_operator.reconcile.status import refused_status
 from modelfleet_serving.contract import REGISTRY_APPLICATION, RegistryState
 
@@ -143,21 +144,17 @@ class PoolController:
         Raises:
             ClientError: Ray can't be reached or refuses; what was decided is decided anew at the next step.
         """
+        deployments = self.deployments  # replaced as a whole, never changed: one step sees one state
         applications = await self.ray.applications()
-        models = {d.model_name: key for key, d in self.deployments.items()}
+        models = {d.model_name: key for key, d in deployments.items()}
         snapshot = sort_out(applications, self._state, models, self._calm.seconds(time.monotonic()))
-        plans = await self._plan(snapshot)
+        observed = {key: snapshot.of(key, blind=self._blind) for key in deployments}
+        plan = await self._plan(deployments, observed)
         decisions = {
-            key: reconcile(
-                deployment,
-                plans[key],
-                snapshot.of(key, blind=self._blind),
-                self.registry_address,
-                self._room(deployment, plans[key], plans),
-            )
-            for key, deployment in self.deployments.items()
+            key: reconcile(d, plan.results[key], observed[key], self.registry_address, plan.room[key])
+            for key, d in deployments.items()
         }
-        self._calm.update(decisions, snapshot, self.deployments, time.monotonic())
+        self._calm.update(decisions, snapshot, deployments, time.monotonic())
         # Routes first: what is about to go gets no new request.
         await self._apply_routes(decisions)
         await self._apply_applications(decisions, applications, snapshot)
@@ -166,39 +163,19 @@ class PoolController:
             for decision in decisions.values()
             for finding in decision.findings
         )
-        await self.report([self._report(key, decision) for key, decision in decisions.items()])
+        await self.report([self._report(deployments[key], decision) for key, decision in decisions.items()])
 
     @property
     def _blind(self) -> bool:
         return self._state is None or self._state.warming
 
-    async def _plan(self, snapshot: Snapshot) -> dict[str, dict[str, PlanResult]]:
-        sources = {
-            d.source(v) for d in self.deployments.values() for v in d.spec.variants if d.needs_facts(v)
-        }
+    async def _plan(
+        self, deployments: Mapping[str, ModelDeployment], observed: Mapping[str, Observed]
+    ) -> PoolPlan:
+        sources = {d.source(v) for d in deployments.values() for v in d.spec.variants if d.needs_facts(v)}
         found = dict(zip(sources, await asyncio.gather(*map(self.facts.facts, sources)), strict=True))
-        requests = {}
-        for key, deployment in self.deployments.items():
-            requests |= variant_requests(deployment, found, snapshot.of(key, blind=self._blind))
-        results = plan_all(requests, pool_view(self.pool))
-        plans: dict[str, dict[str, PlanResult]] = {key: {} for key in self.deployments}
-        for (key, variant), result in results.items():
-            plans[key][variant] = result
-        return plans
-
-    def _room(
-        self,
-        deployment: ModelDeployment,
-        mine: Mapping[str, PlanResult],
-        plans: Mapping[str, Mapping[str, PlanResult]],
-    ) -> dict[str, bool]:
-        taken = [result.plan for variants in plans.values() for result in variants.values() if result.plan]
-        view = pool_view(self.pool)
-        return {
-            v.name: plan is None or fits_beside(plan, taken, view)
-            for v in deployment.spec.variants
-            for plan in (mine[v.name].plan,)
-        }
+        # Seconds of pure work at a thousand deployments: other tasks go on meanwhile.
+        return await asyncio.to_thread(plan_pool, deployments, found, observed, pool_view(self.pool))
 
     async def _apply_routes(self, decisions: Mapping[str, Decision]) -> None:
         if self._state is None:
@@ -248,9 +225,8 @@ class PoolController:
         log.info("applications: %d set, %d removed", len(changed), len(gone))
         await self.ray.put([*foreign.values(), *(c for name, c in configs.items() if name not in blocked)])
 
-    def _report(self, key: str, decision: Decision) -> Report:
-        deployment = self.deployments[key]
-        refused = self._refused_routes.get(key)
+    def _report(self, deployment: ModelDeployment, decision: Decision) -> Report:
+        refused = self._refused_routes.get(deployment.key)
         if refused is None:
             return Report(deployment, decision, decision.findings)
         return Report(deployment, decision, refused_status(deployment, "NameTaken", refused))

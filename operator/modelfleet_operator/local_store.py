@@ -67,22 +67,18 @@ def _files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
 def _clashes(found: Sequence[tuple[str, Resource]]) -> list[Problem]:
     """Names that two resources of the files claim."""
     problems = []
-    names: dict[tuple[str, str], str] = {}
+    owners: dict[tuple[str, str], str] = {}
     for file, resource in found:
-        claims = [(resource.kind, resource.key)]
+        owner = f"{resource.kind} {resource.key}"
+        claims: list[tuple[str, str]] = [(resource.kind, resource.key)]
         if isinstance(resource, ModelDeployment):
             adapters = [a.name for a in resource.spec.adapters]
             claims += [("model name", name) for name in (resource.model_name, *adapters)]
-        for claim in claims:
-            other = names.setdefault(claim, f"{resource.kind} {resource.key}")
-            if names.get(claim) != f"{resource.kind} {resource.key}" or claims.count(claim) > 1:
-                problems.append(Problem(file, f"{claim[0]} {claim[1]}", f"is already taken by {other}"))
-    keys = [(r.kind, r.key) for _, r in found]
-    problems += [
-        Problem(file, "metadata.name", f"{r.kind} {r.key} stands twice")
-        for i, (file, r) in enumerate(found)
-        if (r.kind, r.key) in keys[:i]
-    ]
+        for what, name in claims:
+            if (what, name) in owners:
+                other = owners[what, name]
+                problems.append(Problem(file, owner, f"{what} {name} is already taken by {other}"))
+            owners.setdefault((what, name), owner)
     return problems
 
 

@@ -17,7 +17,7 @@ Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 MAX_LORAS_BY_DEFAULT: Final = 8
 LORA_RANK_BY_DEFAULT: Final = 16
 _DTYPES: Final = {"BFloat16": "bfloat16", "Float16": "float16", "Float32": "float32"}
-_KV_DTYPES: Final = {"Auto": "auto", "FP8": "fp8", "FP8E4M3": "fp8_e4m3", "FP8E5M2": "fp8_e5m2"}
+_KV_DTYPES: Final = {"Auto": None, "FP8": "fp8", "FP8E4M3": "fp8_e4m3", "FP8E5M2": "fp8_e5m2"}
 _SWITCHES: Final = {"Enabled": True, "Disabled": False}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from modelfleet_operator.api.base import quantity_value
-from modelfleet_operator.api.engine import EngineSpec
 from modelfleet_operator.api.model_deployment import ModelDeployment, Variant
 from modelfleet_operator.api.serving_pool import AcceleratorGroup as PoolGroup
 from modelfleet_operator.api.serving_pool import ServingPool
@@ -16,55 +15,7 @@ from modelfleet_operator.planner.types import (
     PoolView,
     VariantRequest,
 )
-from modelfleet_serving.contract import EngineSettings, LoraSettings, Task
-
-_DTYPES = {"BFloat16": "bfloat16", "Float16": "float16", "Float32": "float32"}
-_KV_DTYPES = {"Auto": None, "FP8": "fp8", "FP8E4M3": "fp8_e4m3", "FP8E5M2": "fp8_e5m2"}
-DEFAULT_LORA_RANK = 16
-MOST_LORAS_IN_BATCH = 8
-
-
-def engine_settings(engine: EngineSpec, *, adapters: int = 0) -> EngineSettings:
-    """An engine spec in the wire's terms; adapters make room for LoRA by themselves."""
-    lora = None
-    if engine.lora is not None or adapters:
-        spec = engine.lora
-        lora = LoraSettings(
-            max_loras=(spec.max_loras if spec else None) or min(max(adapters, 1), MOST_LORAS_IN_BATCH),
-            max_rank=(spec.max_rank if spec else None) or DEFAULT_LORA_RANK,
-            max_cpu_loras=spec.max_cpu_loras if spec else None,
-        )
-    limits = {}
-    if engine.multimodal is not None:
-        counts = {"image": engine.multimodal.images, "video": engine.multimodal.videos,
-                  "audio": engine.multimodal.audios}  # fmt: skip
-        limits = {name: count for name, count in counts.items() if count is not None}
-    return EngineSettings(
-        type=engine.type or "vLLM",
-        version=engine.version,
-        max_model_len=engine.max_model_len,
-        gpu_memory_percent=engine.gpu_memory_percent,
-        kv_cache_memory_bytes=int(quantity_value(engine.kv_cache_memory)) if engine.kv_cache_memory else None,
-        max_num_seqs=engine.max_num_seqs,
-        chunked_prefill=_switch(engine.chunked_prefill),
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        prefix_caching=_switch(engine.prefix_caching),
-        dtype=_DTYPES[engine.dtype] if engine.dtype else None,
-        kv_cache_dtype=_KV_DTYPES[engine.kv_cache_dtype] if engine.kv_cache_dtype else None,
-        tensor_parallel_size=engine.tensor_parallel_size or 1,
-        pipeline_parallel_size=engine.pipeline_parallel_size or 1,
-        lora=lora,
-        tool_call_parser=engine.tool_call_parser,
-        reasoning_parser=engine.reasoning_parser,
-        multimodal_limits=limits,
-        trust_remote_code=bool(engine.trust_remote_code),
-        args=dict(engine.args or {}),
-        env={variable.name: variable.value for variable in engine.env or []},
-    )
-
-
-def _switch(value: str | None) -> bool | None:
-    return None if value is None else value == "Enabled"
+from modelfleet_serving.contract import Task
 
 
 def variant_request(
@@ -88,7 +39,7 @@ def variant_request(
     return VariantRequest(
         model=facts,
         quantization=variant.quantization,
-        engine=engine_settings(deployment.engine(variant), adapters=len(spec.adapters)),
+        engine=deployment.engine(variant).settings(len(spec.adapters)),
         accelerators=tuple(AcceleratorPreference(a.type, a.count) for a in variant.accelerators),
         replicas=variant.replicas.min if replicas is None else replicas,
         task=Task(spec.model.task),

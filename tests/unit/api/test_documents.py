@@ -143,7 +143,7 @@ def test_a_pool_is_either_given_or_made() -> None:
         "metadata": {"name": "default"},
         "spec": {"ray": {}, "accelerators": [{"type": "A10"}]},
     }
-    with pytest.raises(InvalidResourcesError, match="set either ray.address or ray.cluster"):
+    with pytest.raises(InvalidResourcesError, match=r"set either ray\.address or ray\.cluster"):
         parse_object(pool)
     pool["spec"] = {"ray": {"address": "http://ray:8265"}, "accelerators": [{"type": "A10"}, {"type": "A10"}]}
     with pytest.raises(InvalidResourcesError, match="each accelerator type stands once"):

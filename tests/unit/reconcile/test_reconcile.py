@@ -48,7 +48,8 @@ class TestRevision:
 
     def test_every_engine_field_changes_it(self) -> None:
         specs: list[dict[str, Any]] = [
-            {}, {"maxModelLen": 1}, {"version": "1"}, {"args": {"x": 1}}, {"env": [{"name": "A", "value": "1"}]},
+            {}, {"maxModelLen": 1}, {"version": "1"},
+            {"args": {"x": 1}}, {"env": [{"name": "A", "value": "1"}]},
             {"type": "SGLang"}, {"prefixCaching": "Disabled"}, {"multimodal": {"images": 1}},
         ]  # fmt: skip
         assert len({of(changed(**s), "a") for s in specs}) == len(specs)
@@ -59,7 +60,9 @@ class TestRevision:
         variant = resource.spec.variants[0]
         first, second = plan().plan, plan(kv_cache_gib=9.0, max_model_len=8192).plan
         third = plan("A100-40G").plan
-        assert first and second and third
+        assert first
+        assert second
+        assert third
         assert revision(resource, variant, first) == revision(resource, variant, second)
         assert revision(resource, variant, first) != revision(resource, variant, third)
 
