@@ -62,8 +62,9 @@ class Probe:
 class Drain:
     """How the engine ends without losing a request: a signal, then wait for the process to exit.
 
-    No engine tells the router that it drains, and most refuse new requests meanwhile: it has to be out
-    of the route table before the signal.
+    The signal goes to the process that was started and never to its group: a worker that gets it too
+    dies under the requests it runs. No engine tells the router that it drains, and most refuse new
+    requests meanwhile: it has to be out of the route table before the signal.
     """
 
     signal: signal.Signals = signal.SIGTERM

@@ -1,0 +1,316 @@
+"""vLLM 0.32 and 0.33: https://docs.vllm.ai/en/stable/cli/serve/."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Final
+
+import msgspec.structs
+
+from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, LoraSettings, Task
+from modelfleet_serving.engines.base import (
+    Call,
+    Drain,
+    EngineAdapter,
+    EngineSettingsError,
+    Launch,
+    Platform,
+    Probe,
+    SettingsProblem,
+    Sleep,
+)
+from modelfleet_serving.engines.exposition import LoadMetrics
+from modelfleet_serving.engines.options import (
+    args_problems,
+    env_problems,
+    merge,
+    one_of,
+    option,
+    render,
+    settings_problems,
+    whole_seconds,
+)
+
+DTYPES: Final = frozenset({"auto", "bfloat16", "float", "float16", "float32", "half"})
+LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+FLAGS: Final = frozenset(
+    {
+        "aggregate-engine-logging",
+        "data-parallel-multi-port-external-lb",
+        "disable-log-stats",
+        "grpc",
+        "headless",
+    }
+)
+"""Options that are bare flags, without the ``--no-`` form that all others have."""
+
+_PLATFORM = "the platform"
+RESERVED: Final = {
+    "api-key": "the router, which is where keys are checked",
+    "api-server-count": _PLATFORM,
+    "config": "the other options of engine.args; a file would hide them from the planner",
+    "data-parallel-address": _PLATFORM,
+    "data-parallel-external-lb": _PLATFORM,
+    "data-parallel-hybrid-lb": _PLATFORM,
+    "data-parallel-multi-port-external-lb": _PLATFORM,
+    "data-parallel-rank": _PLATFORM,
+    "device-memory-utilization": "engine.gpuMemoryPercent",
+    "dtype": "engine.dtype",
+    "enable-auto-tool-choice": "engine.toolCallParser",
+    "enable-chunked-prefill": "engine.chunkedPrefill",
+    "enable-lora": "engine.lora",
+    "enable-prefix-caching": "engine.prefixCaching",
+    "gpu-memory-utilization": "engine.gpuMemoryPercent",
+    "grpc": _PLATFORM,
+    "grpc-port": _PLATFORM,
+    "headless": _PLATFORM,
+    "hf-token": "the secret of the model's source; a token in a command line can be read by everyone",
+    "host": _PLATFORM,
+    "kv-cache-dtype": "engine.kvCacheDtype",
+    "kv-cache-memory-bytes": "engine.kvCacheMemoryBytes",
+    "limit-mm-per-prompt": "engine.multimodalLimits",
+    "load-format": "engine.loadFormat",
+    "lora-modules": "the adapters of the ModelDeployment",
+    "master-addr": _PLATFORM,
+    "master-port": _PLATFORM,
+    "max-cpu-loras": "engine.lora.maxCpuLoras",
+    "max-lora-rank": "engine.lora.maxRank",
+    "max-loras": "engine.lora.maxLoras",
+    "max-model-len": "engine.maxModelLen",
+    "max-num-batched-tokens": "engine.maxNumBatchedTokens",
+    "max-num-seqs": "engine.maxNumSeqs",
+    "model": "the source of the model",
+    "model-tag": "the source of the model",
+    "nnodes": _PLATFORM,
+    "node-rank": _PLATFORM,
+    "pipeline-parallel-size": "engine.pipelineParallelSize",
+    "port": _PLATFORM,
+    "quantization": "engine.quantization",
+    "reasoning-parser": "engine.reasoningParser",
+    "revision": "the source of the model",
+    "root-path": _PLATFORM,
+    "runner": "the task of the model",
+    "served-model-name": "the name of the model",
+    "shutdown-timeout": "rollout.drainTimeout",
+    "ssl-ca-certs": _PLATFORM,
+    "ssl-cert-reqs": _PLATFORM,
+    "ssl-certfile": _PLATFORM,
+    "ssl-keyfile": _PLATFORM,
+    "tensor-parallel-size": "engine.tensorParallelSize",
+    "tool-call-parser": "engine.toolCallParser",
+    "trust-remote-code": "engine.trustRemoteCode",
+    "uds": _PLATFORM,
+}
+OWNED_ENV: Final = {
+    "CUDA_VISIBLE_DEVICES": _PLATFORM,
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "engine.lora",
+    "VLLM_API_KEY": "the router, which is where keys are checked",
+    "VLLM_CPU_KVCACHE_SPACE": "engine.kvCacheMemoryBytes",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "the start deadline",
+    "VLLM_MEDIA_CACHE": _PLATFORM,
+}
+
+_POOLING: Final = frozenset({Task.EMBED, Task.RERANK, Task.SCORE, Task.CLASSIFY})
+_TOKENIZE: Final = frozenset({"/tokenize", "/detokenize"})
+_SCORING: Final = frozenset({"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank", "/pooling"})
+_ENDPOINTS: Final = {
+    Task.GENERATE: frozenset(
+        {
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/responses",
+            "/v1/messages",
+            "/v1/messages/count_tokens",
+        }
+    ),
+    Task.EMBED: frozenset({"/v1/embeddings", "/v2/embed", "/pooling"}),
+    Task.RERANK: _SCORING,
+    Task.SCORE: _SCORING,
+    Task.CLASSIFY: frozenset({"/classify", "/pooling"}),
+    Task.TRANSCRIBE: frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"}),
+}
+
+CPU_MEMORY_SHARE: Final = 0.3
+"""Of a machine's memory, where nothing else says it: vLLM's default of 0.92 lets no second engine start."""
+KEEP_ALIVE_SECONDS: Final = 300
+"""vLLM closes an idle connection after 5 s by default, just when a router is about to use it again."""
+
+_WEIGHTS: Final = re.compile(r"Model loading took ([\d.]+) GiB")
+_KV_GIB: Final = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
+_KV_GIB_CPU: Final = re.compile(r"(?:Explicitly|Auto) set \(([\d.]+)/[\d.]+\) GiB for KV cache")
+_KV_TOKENS: Final = re.compile(r"KV cache size: ([\d,]+) tokens")
+_MAX_LEN: Final = re.compile(r"Maximum concurrency for ([\d,]+) tokens per request")
+
+
+class VLLM(EngineAdapter):
+    """vLLM's OpenAI server.
+
+    ``/health`` answers 200 while the engine sleeps (requests hang) and while it drains (requests get
+    500): it tells a broken engine from a working one and nothing else.
+    """
+
+    name: ClassVar[str] = "vLLM"
+    readiness: ClassVar[Probe] = Probe("/health")
+    liveness: ClassVar[Probe] = Probe("/health", timeout_seconds=10)
+    load_metrics: ClassVar[LoadMetrics] = LoadMetrics(
+        running="vllm:num_requests_running",
+        waiting="vllm:num_requests_waiting",
+        kv_cache_usage="vllm:kv_cache_usage_perc",
+    )
+    # The API server finishes what runs, at most --shutdown-timeout, then ends its workers.
+    drain: ClassVar[Drain] = Drain()
+    # Only with args {enable-sleep-mode: true} and env VLLM_SERVER_DEV_MODE=1, which opens an RPC endpoint
+    # as well: for engines that bind loopback.
+    sleep: ClassVar[Sleep | None] = Sleep(sleep=Call("POST", "/sleep?level=1"), wake=Call("POST", "/wake_up"))
+
+    def problems(self, args: ApplicationArgs, launch: Launch) -> list[SettingsProblem]:
+        """Everything that makes this start impossible."""
+        settings = args.engine
+        found = [
+            *settings_problems(args, launch, self.name),
+            *args_problems(settings.args, RESERVED, flags=FLAGS),
+            *env_problems(settings.env, OWNED_ENV),
+            *one_of("engine.dtype", settings.dtype, DTYPES),
+        ]
+        lora = _lora(args, launch)
+        if lora is not None and lora.max_rank not in LORA_RANKS:
+            allowed = "one of " + ", ".join(map(str, LORA_RANKS)) + ": the next one above the adapters' rank"
+            found.append(SettingsProblem("engine.lora.maxRank", lora.max_rank, allowed))
+        return found
+
+    def command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
+        """``python -m`` of vLLM's server, with every option."""
+        self._check(args, launch)
+        settings = args.engine
+        typed: dict[str, Any] = {
+            "served-model-name": args.model,
+            "host": launch.host,
+            "port": launch.port,
+            "revision": launch.model_revision,
+            "runner": "pooling" if args.task in _POOLING else None,
+            "shutdown-timeout": whole_seconds(args.drain_timeout_seconds),
+            **_memory(settings, launch.platform),
+            **_batching(settings),
+            "dtype": settings.dtype,
+            "quantization": settings.quantization,
+            "load-format": settings.load_format,
+            "tensor-parallel-size": settings.tensor_parallel_size,
+            "pipeline-parallel-size": settings.pipeline_parallel_size,
+            "enable-auto-tool-choice": True if settings.tool_call_parser else None,
+            "tool-call-parser": settings.tool_call_parser,
+            "reasoning-parser": settings.reasoning_parser,
+            "limit-mm-per-prompt": settings.multimodal_limits or None,
+            "trust-remote-code": True if settings.trust_remote_code else None,
+            **_lora_options(args, launch),
+        }
+        defaults: dict[str, Any] = {"disable-uvicorn-access-log": True, "enable-prompt-tokens-details": True}
+        if launch.platform is Platform.CPU:
+            defaults["enforce-eager"] = True  # compiling takes minutes on a CPU and gains little
+        return [*_entrypoint(launch), *render(typed), *render(merge(defaults, settings.args))]
+
+    def environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
+        """Variables that vLLM takes its further settings from."""
+        self._check(args, launch)
+        settings = args.engine
+        env = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
+            # vLLM gives its own workers 600 s, whatever deadline the start has.
+            "VLLM_ENGINE_READY_TIMEOUT_S": str(whole_seconds(args.start_timeout_seconds)),
+        }
+        if launch.model_is_local:
+            env["HF_HUB_OFFLINE"] = "1"
+        if launch.platform is Platform.CPU:
+            # Binding threads to cores lets engines on one machine fight for the same cores.
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if launch.visible_devices:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.visible_devices)
+        if _lora(args, launch) is not None:
+            env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if launch.media_cache is not None:
+            env["VLLM_MEDIA_CACHE"] = launch.media_cache
+        return {**env, **settings.env}
+
+    def endpoints(self, task: Task) -> frozenset[str]:
+        """As vLLM registers them by the tasks that a model supports."""
+        if task is Task.TRANSCRIBE:
+            return _ENDPOINTS[task]
+        return _ENDPOINTS[task] | _TOKENIZE
+
+    def capacity(self, settings: EngineSettings) -> int | None:
+        """The engine's own default depends on the GPU's memory."""
+        return settings.max_num_seqs
+
+    def read_log(self, line: str, known: EngineMemory) -> EngineMemory:
+        """From the lines of the loader, the worker and the KV cache planner."""
+        changes: dict[str, Any] = {}
+        if match := _WEIGHTS.search(line):
+            changes["weights_gib"] = float(match[1])
+        if match := _KV_GIB.search(line) or _KV_GIB_CPU.search(line):
+            changes["kv_cache_gib"] = float(match[1])
+        if match := _KV_TOKENS.search(line):
+            changes["kv_cache_tokens"] = int(match[1].replace(",", ""))
+        if match := _MAX_LEN.search(line):
+            changes["max_model_len"] = int(match[1].replace(",", ""))
+        return msgspec.structs.replace(known, **changes) if changes else known
+
+    def load_adapter(self, name: str, path: str) -> Call:
+        """Needs VLLM_ALLOW_RUNTIME_LORA_UPDATING, which :meth:`environment` sets with LoRA."""
+        return Call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    def unload_adapter(self, name: str) -> Call:
+        """404 means that it isn't loaded."""
+        return Call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, success=frozenset({200, 404}))
+
+    def _check(self, args: ApplicationArgs, launch: Launch) -> None:
+        if problems := self.problems(args, launch):
+            raise EngineSettingsError(self.name, problems)
+
+
+def _entrypoint(launch: Launch) -> list[str]:
+    if launch.platform is Platform.CPU:
+        # The `vllm` command looks up a distribution named "vllm", which vllm-cpu doesn't have.
+        return [launch.python, "-m", "vllm.entrypoints.openai.api_server", option("model", launch.model)]
+    return [launch.python, "-m", "vllm.entrypoints.cli.main", "serve", launch.model]
+
+
+def _memory(settings: EngineSettings, platform: Platform) -> dict[str, Any]:
+    share = settings.gpu_memory_percent / 100 if settings.gpu_memory_percent is not None else None
+    if share is None and settings.kv_cache_memory_bytes is None and platform is Platform.CPU:
+        share = CPU_MEMORY_SHARE
+    return {
+        "max-model-len": settings.max_model_len,
+        "gpu-memory-utilization": share,
+        "kv-cache-memory-bytes": settings.kv_cache_memory_bytes,
+        "kv-cache-dtype": settings.kv_cache_dtype,
+        "enable-prefix-caching": settings.prefix_caching,
+    }
+
+
+def _batching(settings: EngineSettings) -> dict[str, Any]:
+    return {
+        "max-num-seqs": settings.max_num_seqs,
+        "enable-chunked-prefill": settings.chunked_prefill,
+        "max-num-batched-tokens": settings.max_num_batched_tokens,
+    }
+
+
+def _lora(args: ApplicationArgs, launch: Launch) -> LoraSettings | None:
+    """Adapters without LoRA settings mean LoRA with the engine's defaults."""
+    return args.engine.lora or (LoraSettings() if args.adapters or launch.adapters else None)
+
+
+def _lora_options(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
+    lora = _lora(args, launch)
+    if lora is None:
+        return {}
+    # JSON, because a name may hold the "=" of the short form.
+    modules = [{"name": name, "path": path} for name, path in launch.adapters.items()]
+    return {
+        "enable-lora": True,
+        "max-loras": lora.max_loras,
+        "max-lora-rank": lora.max_rank,
+        "max-cpu-loras": lora.max_cpu_loras,
+        "lora-modules": modules or None,
+    }
