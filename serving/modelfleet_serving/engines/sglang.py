@@ -37,17 +37,17 @@ KV_CACHE_DTYPES: Final = frozenset(
 )
 LOAD_FORMATS: Final = frozenset(
     {
-        "auto", "bitsandbytes", "dummy", "expert_pack", "fastsafetensors", "flash_rl", "gguf", "instanttensor",
-        "layered", "mistral", "npcache", "presharded", "private", "pt", "remote", "remote_instance",
+        "auto", "bitsandbytes", "dummy", "expert_pack", "fastsafetensors", "flash_rl", "gguf",
+        "instanttensor", "layered", "mistral", "npcache", "presharded", "private", "pt", "remote", "remote_instance",
         "runai_streamer", "safetensors", "sharded_state",
     }
 )  # fmt: skip
 QUANTIZATIONS: Final = frozenset(
     {
-        "auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fp8", "gguf",
-        "gptq", "gptq_marlin", "humming", "mlx_q4", "mlx_q8", "modelopt", "modelopt_fp4", "modelopt_fp8",
-        "modelopt_mixed", "modelslim", "moe_wna16", "mxfp4", "mxfp8", "mxfp_w4a8", "nvfp4_online", "petit_nvfp4",
-        "quark", "quark_int4fp8_moe", "quark_mxfp4", "unquant", "w4afp8", "w8a8_fp8", "w8a8_int8",
+        "auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fp8",
+        "gguf", "gptq", "gptq_marlin", "humming", "mlx_q4", "mlx_q8", "modelopt", "modelopt_fp4", "modelopt_fp8",
+        "modelopt_mixed", "modelslim", "moe_wna16", "mxfp4", "mxfp8", "mxfp_w4a8", "nvfp4_online",
+        "petit_nvfp4", "quark", "quark_int4fp8_moe", "quark_mxfp4", "unquant", "w4afp8", "w8a8_fp8", "w8a8_int8",
     }
 )  # fmt: skip
 

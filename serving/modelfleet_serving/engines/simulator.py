@@ -32,8 +32,8 @@ from modelfleet_serving.engines.options import (
 OPTIONS: Final = frozenset(
     {
         "block-size", "decode-base-ms", "decode-per-sequence-us", "embedding-size", "fault", "jitter",
-        "kv-cache-tokens", "max-num-queued-reqs", "output-tokens", "prefill-base-ms", "prefill-tokens-per-second",
-        "profile", "seed", "start-delay",
+        "kv-cache-tokens", "max-num-queued-reqs", "output-tokens", "prefill-base-ms",
+        "prefill-tokens-per-second", "profile", "seed", "start-delay",
     }
 )  # fmt: skip
 """What ``engine.args`` may hold."""

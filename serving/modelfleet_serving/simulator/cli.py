@@ -72,7 +72,7 @@ def _server_options(group: Any) -> None:
 
 def _engine_options(group: Any) -> None:
     group.add_argument("--profile", choices=sorted(profiles()), default="fast",
-                       help="a model on an accelerator: speed and KV cache (computed, not measured)")  # fmt: skip
+                       help="a model on an accelerator (computed, not measured)")  # fmt: skip
     group.add_argument("--max-model-len", type=_bounded(int, 1), metavar="TOKENS")
     group.add_argument("--max-num-seqs", type=_bounded(int, 1), metavar="N")
     group.add_argument("--max-num-batched-tokens", type=_bounded(int, 1), metavar="TOKENS",

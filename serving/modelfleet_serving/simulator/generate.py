@@ -368,7 +368,10 @@ class StreamedChoice(Choice):
         """Sends the last chunk."""
         choice: dict[str, Any] = {"index": self.index, "logprobs": None, "finish_reason": reason}
         choice["stop_reason"] = self.stop_reason
-        choice |= {"delta": {}} if self.job.chat else {"text": ""}
+        if self.job.chat:
+            choice["delta"] = {}
+        else:
+            choice["text"] = ""
         self._send(choice)
         super().finish(reason)
 

@@ -205,9 +205,7 @@ def prompts(value: str | list[Any], param: str) -> list[list[int]]:
         elif isinstance(item, list) and item and all(isinstance(token, int) for token in item):
             found.append(item)
         else:
-            raise BadRequestError(
-                f"{param} must be a text, token ids, or a list of texts or token ids", param
-            )
+            raise BadRequestError(f"{param} must be a text, token ids, or a list of either", param)
     if not found:
         raise BadRequestError(f"{param} must not be empty", param)
     if any(token < 0 or token >= 1 << 63 for tokens in found for token in tokens):
