@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.controlplane.bed import Cluster, ControlPlane, ensure, kuberay
 from tests.controlplane.bed.build import PROGRAMS
 
@@ -63,7 +61,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A Kubernetes cluster: the one of --kubeconfig, else the test bed's control plane."""
     given: Path | None = request.config.option.kubeconfig
     if given is not None:
-        return Cluster(Path(os.path.abspath(given.expanduser())), tmp_path_factory.mktemp("cluster"))
+        return Cluster(given.expanduser().absolute(), tmp_path_factory.mktemp("cluster"))
     own: ControlPlane = request.getfixturevalue(_OWN)
     return own
 

@@ -197,7 +197,9 @@ def _go(group: str, *args: str) -> str:
         [go, *args], cwd=TOOLS / group, capture_output=True, text=True, timeout=600, check=False
     )
     if done.returncode != 0:
-        raise BuildError(f"go {' '.join(args)} in tools/{group}: {done.stderr.strip() or done.stdout.strip()}")
+        raise BuildError(
+            f"go {' '.join(args)} in tools/{group}: {done.stderr.strip() or done.stdout.strip()}"
+        )
     return done.stdout
 
 
@@ -206,7 +208,9 @@ def _build_all(programs: list[Program], report: Report) -> None:
         directory = _directory(group)
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory / ".lock"):
-            missing = [each for each in programs if each.group == group and not (directory / each.name).exists()]
+            missing = [
+                each for each in programs if each.group == group and not (directory / each.name).exists()
+            ]
             if missing:
                 report(f"control plane: building {', '.join(each.name for each in missing)} into {directory}")
             for number, program in enumerate(missing, 1):
@@ -228,24 +232,25 @@ def _build(program: Program, directory: Path, label: str, report: Report) -> Non
     )
     output = _Output(builder)
     try:
-        while True:
-            try:
-                code = builder.wait(timeout=10)
-                break
-            except subprocess.TimeoutExpired:
-                elapsed = time.monotonic() - started
-                report(f"{label}: {output.packages} packages compiled, {elapsed:.0f} s")
+        while not _ended(builder, within=10):
+            report(f"{label}: {output.packages} packages compiled, {time.monotonic() - started:.0f} s")
+        output.join()
+        if builder.returncode != 0:
+            raise BuildError(f"{program.name} does not build:\n{output.tail}")
+        partial.replace(directory / program.name)
     finally:
-        if builder.poll() is None:
-            builder.kill()
-            builder.wait()
-            partial.unlink(missing_ok=True)
-    output.join()
-    if code != 0:
+        builder.kill()  # no more than a formality, unless we were interrupted
+        builder.wait()
         partial.unlink(missing_ok=True)
-        raise BuildError(f"{program.name} does not build:\n{output.tail}")
-    partial.replace(directory / program.name)
     report(f"{label}: ready after {time.monotonic() - started:.0f} s")
+
+
+def _ended(process: subprocess.Popen[str], *, within: float) -> bool:
+    try:
+        process.wait(timeout=within)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _linker_flags(program: Program) -> str:

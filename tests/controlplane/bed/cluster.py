@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from tests.controlplane.bed.build import ensure, kubectl_path
 from tests.controlplane.bed.process import wait_until
 
@@ -54,7 +53,7 @@ class Cluster:
     def kubectl(
         self,
         *args: str,
-        input: str | None = None,
+        input: str | None = None,  # noqa: A002 - as subprocess.run calls it
         kubeconfig: Path | None = None,
         timeout: float = 60,
     ) -> str:
@@ -75,7 +74,7 @@ class Cluster:
     def helm(
         self,
         *args: str,
-        input: str | None = None,
+        input: str | None = None,  # noqa: A002 - as subprocess.run calls it
         kubeconfig: Path | None = None,
         timeout: float = 120,
     ) -> str:
@@ -86,10 +85,7 @@ class Cluster:
             BuildError: there is no helm.
         """
         home = self._work / "helm"
-        env = {
-            f"HELM_{name}_HOME": str(home / name.lower())
-            for name in ("CACHE", "CONFIG", "DATA")
-        }
+        env = {f"HELM_{name}_HOME": str(home / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
         command = [str(ensure(["helm"])["helm"]), *args]
         return self._run(command, input=input, kubeconfig=kubeconfig, timeout=timeout, env=env)
 
@@ -210,7 +206,7 @@ class Cluster:
         self,
         command: Sequence[str],
         *,
-        input: str | None,
+        input: str | None,  # noqa: A002
         kubeconfig: Path | None,
         timeout: float,
         env: Mapping[str, str] | None = None,

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Self
 
 import yaml
-
 from tests.controlplane.bed import audit, components, kubeconfig, pki
 from tests.controlplane.bed.build import Report, ensure, module_dir, to_stderr
 from tests.controlplane.bed.cluster import Cluster
@@ -60,7 +59,7 @@ class ControlPlane(Cluster):
 
     def __enter__(self) -> Self:
         try:
-            self.start()
+            self._start()
         except BaseException:
             self.close()
             raise
@@ -95,35 +94,6 @@ class ControlPlane(Cluster):
     def pids(self) -> dict[str, int]:
         """The running components' process ids."""
         return {name: each.pid for name, each in self.components.items() if each.running}
-
-    def start(self) -> None:
-        """Start everything and wait until it serves and all nodes are Ready."""
-        started = time.monotonic()
-
-        def lap(what: str) -> None:
-            self.startup_seconds[what] = round(time.monotonic() - started, 2)
-
-        self.components["etcd"].start()
-        self.components["etcd"].wait_ready()
-        lap("etcd")
-        self.components["kube-apiserver"].start()
-        self.components["kube-apiserver"].wait_ready()
-        lap("kube-apiserver")
-        later = [self.components[name] for name in _PROGRAMS[2:]]
-        for component in later:
-            component.start()
-        self.add_nodes(*self._fleet, wait=False)
-        self.kubectl("apply", "-f", "-", input=yaml.safe_dump(self._storage_class()))
-        for component in later:
-            component.wait_ready()
-            lap(component.name)
-        self.wait_for_nodes()
-        wait_until(
-            lambda: self.find("serviceaccount", "default", "default") is not None,
-            timeout=30,
-            what="the default ServiceAccount",
-        )
-        lap("total")
 
     def close(self) -> None:
         """End everything at once and remove its files."""
@@ -163,8 +133,15 @@ class ControlPlane(Cluster):
         return names
 
     def remove_nodes(self, *names: str) -> None:
-        """Take machines away; their pods are gone with them, as after a spot reclaim."""
+        """Take machines away at once and their pods with them, as a spot reclaim does.
+
+        The pods are deleted here: the pod garbage collector would do so only after most of a minute.
+        """
         self.kubectl("delete", "node", *names, "--wait=true")
+        for name in names:
+            self.kubectl(
+                "delete", "pods", "--all-namespaces", f"--field-selector=spec.nodeName={name}", "--force"
+            )
 
     def wait_for_nodes(self, timeout: float = 30) -> None:
         """Wait until every node is Ready and may be scheduled to."""
@@ -182,10 +159,10 @@ class ControlPlane(Cluster):
         return time.monotonic() - started
 
     def stop(self, name: str) -> None:
-        """Stop one component, such as ``kube-scheduler``."""
+        """Stop one component, such as ``kube-scheduler``; `components` has further ways to hurt it."""
         self.components[name].stop()
 
-    def start_component(self, name: str) -> None:
+    def start(self, name: str) -> None:
         """Start a stopped component and wait until it serves."""
         self.components[name].start()
         self.components[name].wait_ready()
@@ -220,6 +197,34 @@ class ControlPlane(Cluster):
         if self.layout.audit_log.exists():
             shutil.copy(self.layout.audit_log, directory)
         return directory
+
+    def _start(self) -> None:
+        started = time.monotonic()
+
+        def lap(what: str) -> None:
+            self.startup_seconds[what] = round(time.monotonic() - started, 2)
+
+        self.components["etcd"].start()
+        self.components["etcd"].wait_ready()
+        lap("etcd")
+        self.components["kube-apiserver"].start()
+        self.components["kube-apiserver"].wait_ready()
+        lap("kube-apiserver")
+        later = [self.components[name] for name in _PROGRAMS[2:]]
+        for component in later:
+            component.start()
+        self.add_nodes(*self._fleet, wait=False)
+        self.kubectl("apply", "-f", "-", input=yaml.safe_dump(self._storage_class()))
+        for component in later:
+            component.wait_ready()
+            lap(component.name)
+        self.wait_for_nodes()
+        wait_until(
+            lambda: self.find("serviceaccount", "default", "default") is not None,
+            timeout=30,
+            what="the default ServiceAccount",
+        )
+        lap("total")
 
     def _write_files(self) -> None:
         layout, authority = self.layout, self._authority

@@ -9,12 +9,14 @@ which thread started a process, and removes files too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 
 def main() -> None:
@@ -43,10 +45,8 @@ def main() -> None:
             elif verb == "remove":
                 paths.append(rest)
     for pid in watched:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     for path in paths:
         _remove(path)
 
@@ -55,7 +55,7 @@ def _remove(path: str) -> None:
     # A killed process may still be finishing a write; try again for a moment.
     for _ in range(50):
         shutil.rmtree(path, ignore_errors=True)
-        if not os.path.exists(path):
+        if not Path(path).exists():
             return
         time.sleep(0.1)
     print(f"could not remove {path}", file=sys.stderr)
