@@ -37,19 +37,62 @@ KV_CACHE_DTYPES: Final = frozenset(
 )
 LOAD_FORMATS: Final = frozenset(
     {
-        "auto", "bitsandbytes", "dummy", "expert_pack", "fastsafetensors", "flash_rl", "gguf",
-        "instanttensor", "layered", "mistral", "npcache", "presharded", "private", "pt", "remote", "remote_instance",
-        "runai_streamer", "safetensors", "sharded_state",
+        "auto",
+        "bitsandbytes",
+        "dummy",
+        "expert_pack",
+        "fastsafetensors",
+        "flash_rl",
+        "gguf",
+        "instanttensor",
+        "layered",
+        "mistral",
+        "npcache",
+        "presharded",
+        "private",
+        "pt",
+        "remote",
+        "remote_instance",
+        "runai_streamer",
+        "safetensors",
+        "sharded_state",
     }
-)  # fmt: skip
+)
 QUANTIZATIONS: Final = frozenset(
     {
-        "auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fp8",
-        "gguf", "gptq", "gptq_marlin", "humming", "mlx_q4", "mlx_q8", "modelopt", "modelopt_fp4", "modelopt_fp8",
-        "modelopt_mixed", "modelslim", "moe_wna16", "mxfp4", "mxfp8", "mxfp_w4a8", "nvfp4_online",
-        "petit_nvfp4", "quark", "quark_int4fp8_moe", "quark_mxfp4", "unquant", "w4afp8", "w8a8_fp8", "w8a8_int8",
+        "auto-round",
+        "auto-round-int8",
+        "awq",
+        "awq_marlin",
+        "bitsandbytes",
+        "compressed-tensors",
+        "fp8",
+        "gguf",
+        "gptq",
+        "gptq_marlin",
+        "humming",
+        "mlx_q4",
+        "mlx_q8",
+        "modelopt",
+        "modelopt_fp4",
+        "modelopt_fp8",
+        "modelopt_mixed",
+        "modelslim",
+        "moe_wna16",
+        "mxfp4",
+        "mxfp8",
+        "mxfp_w4a8",
+        "nvfp4_online",
+        "petit_nvfp4",
+        "quark",
+        "quark_int4fp8_moe",
+        "quark_mxfp4",
+        "unquant",
+        "w4afp8",
+        "w8a8_fp8",
+        "w8a8_int8",
     }
-)  # fmt: skip
+)
 
 _PLATFORM = "the platform"
 RESERVED: Final = {
@@ -104,12 +147,20 @@ RESERVED: Final = {
 OWNED_ENV: Final = {"CUDA_VISIBLE_DEVICES": _PLATFORM}
 NEGATABLE: Final = frozenset(
     {
-        "dcp-replicate-q-proj", "dllm-fdfo", "enable-decoder-swa-bounded-replay", "enable-dsa-fused-indexer",
-        "enable-fused-qk-norm-rope", "enable-tf32-matmul", "enable-tp-lm-head-all-to-all",
-        "experts-shared-outer-loras", "lora-strict-loading", "mm-enable-dp-encoder", "ple-offload-embedding",
+        "dcp-replicate-q-proj",
+        "dllm-fdfo",
+        "enable-decoder-swa-bounded-replay",
+        "enable-dsa-fused-indexer",
+        "enable-fused-qk-norm-rope",
+        "enable-tf32-matmul",
+        "enable-tp-lm-head-all-to-all",
+        "experts-shared-outer-loras",
+        "lora-strict-loading",
+        "mm-enable-dp-encoder",
+        "ple-offload-embedding",
         "speculative-enable-w4a4-mxfp4-megamoe",
     }
-)  # fmt: skip
+)
 """Options with a ``--no-`` form; all other flags are given or left out."""
 
 _EMBEDDING: Final = frozenset({Task.EMBED, Task.CLASSIFY})

@@ -31,11 +31,22 @@ from modelfleet_serving.engines.options import (
 
 OPTIONS: Final = frozenset(
     {
-        "block-size", "decode-base-ms", "decode-per-sequence-us", "embedding-size", "fault", "jitter",
-        "kv-cache-tokens", "max-num-queued-reqs", "output-tokens", "prefill-base-ms",
-        "prefill-tokens-per-second", "profile", "seed", "start-delay",
+        "block-size",
+        "decode-base-ms",
+        "decode-per-sequence-us",
+        "embedding-size",
+        "fault",
+        "jitter",
+        "kv-cache-tokens",
+        "max-num-queued-reqs",
+        "output-tokens",
+        "prefill-base-ms",
+        "prefill-tokens-per-second",
+        "profile",
+        "seed",
+        "start-delay",
     }
-)  # fmt: skip
+)
 """What ``engine.args`` may hold."""
 RESERVED: Final = {
     "enable-chunked-prefill": "engine.chunkedPrefill",
