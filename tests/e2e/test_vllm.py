@@ -1,0 +1,142 @@
+"""From a YAML file to a streamed token with real vLLM and a real model in two quantizations."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from tests.e2e.platform import Platform, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.engine, pytest.mark.timeout(1500)]
+
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def ask(platform: Platform, model: str, **options: Any) -> Any:
+    return platform.client.chat.completions.with_raw_response.create(
+        model=model, messages=FRANCE, temperature=0, **({"max_tokens": 24} | options)
+    )
+
+
+def test_both_variants_answer_as_themselves(real: Platform) -> None:
+    for variant in ("bf16", "int8"):
+        answer = ask(real, f"smollm2:{variant}")
+        assert answer.headers["x-modelfleet-variant"] == variant
+        assert answer.headers["x-modelfleet-model"] == "smollm2"
+        assert answer.headers["x-request-id"]
+        parsed = answer.parse()
+        assert "Paris" in parsed.choices[0].message.content
+        assert parsed.usage.completion_tokens > 0
+
+
+def test_a_stream_has_the_same_text_as_a_whole_answer(real: Platform) -> None:
+    whole = ask(real, "smollm2:bf16").parse().choices[0].message.content
+    chunks = list(
+        real.client.chat.completions.create(
+            model="smollm2:bf16",
+            messages=FRANCE,  # type: ignore[arg-type]
+            temperature=0,
+            max_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+    assert chunks[-1].usage is not None
+    assert len(chunks) > 5
+
+
+def test_models_lists_the_model_and_its_variants(real: Platform) -> None:
+    assert {"smollm2", "smollm2:bf16", "smollm2:int8"} <= {m.id for m in real.client.models.list()}
+
+
+def test_status_has_the_plan_and_what_the_engine_measured(real: Platform) -> None:
+    def measured() -> dict[str, Any] | None:
+        rows = real.variants()
+        return rows if all(v.get("measurements") for v in rows.values()) else None
+
+    rows = until("measurements in status", measured, 30)
+    weights = {name: float(row["plan"]["weightsGiB"]) for name, row in rows.items()}
+    assert 0 < weights["int8"] < weights["bf16"] < 0.5
+    for row in rows.values():
+        assert row["measurements"][0]["kvCacheTokens"] == row["plan"]["kvCacheTokens"]
+
+
+def test_weights_split_requests(real: Platform) -> None:
+    """400 requests at 50:50: within four standard deviations of 200."""
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: ask(real, "smollm2", max_tokens=1), range(400)))
+    counts = Counter(a.headers["x-modelfleet-variant"] for a in answers)
+    assert sum(counts.values()) == 400
+    assert 160 <= counts["bf16"] <= 240, counts
+
+
+def test_a_killed_engine_loses_no_request_and_comes_back(real: Platform) -> None:
+    answers: list[Any] = []
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            try:
+                answers.append(ask(real, "smollm2", max_tokens=4))
+            except Exception as error:  # noqa: BLE001  every failure is the finding
+                errors.append(error)
+
+    (engine,) = real.engines("w8a8")
+    threads = [threading.Thread(target=client) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    until("requests run", lambda: len(answers) > 20, 60)
+    engine.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    seen = len(answers)
+    until("requests go on", lambda: len(answers) > seen + 20, 60)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert {a.headers["x-modelfleet-variant"] for a in answers} == {"bf16", "int8"}
+
+    def back() -> bool:
+        answer = ask(real, "smollm2:int8", max_tokens=1)
+        return (
+            bool(answer.headers["x-modelfleet-variant"] == "int8")
+            and "x-modelfleet-fallback" not in answer.headers
+        )
+
+    until("the engine is back", back, 180)
+    assert time.monotonic() - killed < 180
+    real.wait_ready("bf16", "int8", seconds=60)
+
+
+def test_a_variant_removed_during_a_stream_ends_it_whole(real: Platform) -> None:
+    stream = real.client.chat.completions.create(
+        model="smollm2:int8",
+        messages=[{"role": "user", "content": "Tell a long story about a ship."}],
+        max_tokens=400,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    iterator = iter(stream)
+    first = next(iterator)
+    real.edit(r"  - name: int8\n.*?(?=  routing)", "")
+    real.edit(r"weights: \{[^}]*\}\n    fallback: \[[^]]*\]", "weights: {bf16: 1}")
+    chunks = [first, *iterator]
+    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) >= 395
+    assert chunks[-1].choices[0].finish_reason == "length"
+    real.wait_ready("bf16", seconds=120)
+    until("its engine ends", lambda: real.engines("w8a8") == [], 120)
+    assert "Paris" in ask(real, "smollm2").parse().choices[0].message.content
+
+
+def test_interrupt_leaves_nothing_running(real: Platform) -> None:
+    assert real.engines("-bf16")
+    assert real.interrupt() == 0
+    assert real.tree() == []
