@@ -7,55 +7,69 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import Final
 
 import uvloop
 
-from modelfleet_serving.contract import TableUpdate
-from modelfleet_serving.router.counters import Counters, RowAllocator
+from modelfleet_serving.router.counters import Counters
+from modelfleet_serving.router.hub import Hub
+from modelfleet_serving.router.process import LOG_FORMAT
 from modelfleet_serving.router.settings import Settings, SettingsError, parse_settings, split_address
-from modelfleet_serving.router.sources import FileSource
+from modelfleet_serving.router.sources import FileSource, RegistrySource
+from modelfleet_serving.router.supervisor import process_id, reserve_port, running
 from modelfleet_serving.router.table import TableError
-from modelfleet_serving.router.worker import Worker
 
 _log = logging.getLogger(__name__)
+
+_SWITCH_SECONDS: Final = 0.0005
+"""A thread that reads a large table gives way to the event loop this often (default: 5 ms)."""
 
 
 async def serve(settings: Settings) -> None:
     """Runs until it is told to stop, then drains."""
     loop = asyncio.get_running_loop()
-    counters = Counters()
-    rows = RowAllocator(counters)
-    worker = Worker(settings, counters, loop, rows.row)
-
-    async def apply(update: TableUpdate) -> None:
-        await worker.take_over(update.models, update.removed, full=update.full)
-
-    source = FileSource(Path(settings.routes), apply)
-    await source.start()
-    host, port = split_address(settings.listen)
-    server = await loop.create_server(
-        worker.connection, host, port, backlog=settings.backlog, reuse_port=True
-    )
-    address = server.sockets[0].getsockname()
-    _log.info("listening on %s:%d", address[0], address[1])
-    watching = loop.create_task(source.run())
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await stop.wait()
-    server.close()
-    await worker.drain()
-    watching.cancel()
-    await worker.close()
+    counters = Counters(settings.workers)
+    hub = Hub(counters, settings.router_id or process_id())
+    if settings.routes:
+        source: FileSource | RegistrySource = FileSource(Path(settings.routes), hub.apply)
+        await source.start()
+    else:
+        token = Path(settings.token_file) if settings.token_file else None
+        source = RegistrySource(settings.registry, token, settings.router_id or process_id(), hub)
+    host, port = split_address(settings.listen)
+    with reserve_port(host, port) as reserved:
+        port = reserved.getsockname()[1]
+        following = loop.create_task(source.run())
+        try:
+            async with running(settings, hub, host, port):
+                _announce(settings, host, port)
+                await stop.wait()
+        finally:
+            following.cancel()
+            counters.close()
+
+
+def _announce(settings: Settings, host: str, port: int) -> None:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    _log.info("listening on %s", address)
+    if settings.port_file:
+        path = Path(settings.port_file)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(address + "\n")
+        fresh.replace(path)
 
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         settings = parse_settings(sys.argv[1:])
+        logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
         uvloop.run(serve(settings))
-    except (SettingsError, TableError) as error:
+    except (SettingsError, TableError, OSError) as error:
         print(f"modelfleet router: {error}", file=sys.stderr)
         return 2
     return 0

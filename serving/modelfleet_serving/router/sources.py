@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+import aiohttp
 import msgspec
 import yaml
 
-from modelfleet_serving.contract import RouteTable, TableUpdate
+from modelfleet_serving.contract import DemandReport, RouteTable, TableUpdate
+from modelfleet_serving.router.hub import Hub
 from modelfleet_serving.router.table import TableError, check_models
 
 _log = logging.getLogger(__name__)
 
 Apply = Callable[[TableUpdate], Awaitable[None]]
 POLL_SECONDS: Final = 0.25
+LONG_POLL_SECONDS: Final = 30.0
+DEMAND_SECONDS: Final = 1.0
+_MAX_BACKOFF_SECONDS: Final = 5.0
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -90,3 +96,87 @@ class FileSource:
         await self._apply(TableUpdate(epoch="file", version=self._version, full=True, models=table.models))
         endpoints = sum(len(variant.endpoints) for model in table.models for variant in model.variants)
         _log.info("route table %d: %d models, %d endpoints", self._version, len(table.models), endpoints)
+
+
+class RegistrySource:
+    """Long-polls the registry, and reports demand to it. While it is away the last good table stays."""
+
+    def __init__(self, url: str, token_file: Path | None, router_id: str, hub: Hub) -> None:
+        self._url = url.rstrip("/")
+        self._token_file = token_file
+        self._router_id = router_id
+        self._hub = hub
+        self._epoch = ""
+        self._version = 0
+
+    async def start(self) -> None:
+        """Nothing to wait for: a router without a table yet listens and says that it isn't ready."""
+
+    async def run(self) -> None:
+        """Polls and reports until cancelled."""
+        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+            group.create_task(self._follow(session))
+            group.create_task(self._report(session))
+
+    def _headers(self) -> dict[str, str]:
+        if self._token_file is None:
+            return {}
+        return {"authorization": "Bearer " + self._token_file.read_text().strip()}
+
+    async def _follow(self, session: aiohttp.ClientSession) -> None:
+        backoff = 0.1
+        while True:
+            try:
+                update = await self._poll(session)
+                if backoff > 0.1:
+                    _log.info("the registry answers again")
+                backoff = 0.1
+            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+                reason = str(error) or type(error).__name__
+                _log.warning("registry %s: %s; the last table stays", self._url, reason)
+                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spread, no secret
+                backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
+                continue
+            if update is not None:
+                await self._hub.apply(update)
+                self._epoch, self._version = update.epoch, update.version
+
+    async def _poll(self, session: aiohttp.ClientSession) -> TableUpdate | None:
+        query = {
+            "epoch": self._epoch,
+            "version": str(self._version),
+            "timeout": f"{LONG_POLL_SECONDS:g}",
+            "router": self._router_id,
+        }
+        limit = aiohttp.ClientTimeout(total=LONG_POLL_SECONDS + 15, sock_connect=5)
+        url = self._url + "/v1/table"
+        async with session.get(url, params=query, headers=self._headers(), timeout=limit) as answer:
+            if answer.status == 304:
+                return None
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"answered {answer.status}: {(await answer.text())[:200]}")
+            return await asyncio.to_thread(msgspec.json.decode, await answer.read(), type=TableUpdate)
+
+    async def _report(self, session: aiohttp.ClientSession) -> None:
+        """Sends demand every second; a report that fails is not sent again, the next one says more."""
+        failing = False
+        while True:
+            await asyncio.sleep(DEMAND_SECONDS)
+            report = await self._hub.demand(DEMAND_SECONDS)
+            try:
+                await self._send(session, report)
+                failing = False
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                if not failing:
+                    _log.warning("demand is not reported: %s", str(error) or type(error).__name__)
+                failing = True
+
+    async def _send(self, session: aiohttp.ClientSession, report: DemandReport) -> None:
+        body = msgspec.json.encode(report)
+        headers = {"content-type": "application/json", **self._headers()}
+        limit = aiohttp.ClientTimeout(total=5)
+        async with session.post(
+            self._url + "/v1/demand", data=body, headers=headers, timeout=limit
+        ) as answer:
+            if answer.status >= 300:
+                raise aiohttp.ClientError(f"answered {answer.status}")

@@ -107,7 +107,7 @@ class VariantRef:
         self.model = model
         self.endpoints: list[EndpointRef] = []
         self.revision_weights: dict[str, int] = {}
-        self.stats = VariantStats(model.name, name)
+        self.stats = VariantStats(model=model.name, variant=name)
 
 
 class ModelRef:
@@ -122,6 +122,7 @@ class ModelRef:
         "queue",
         "row",
         "spec",
+        "stats",
         "variants",
         "weights",
     )
@@ -130,6 +131,7 @@ class ModelRef:
         self.name = spec.name
         self.row = row
         self.variants: dict[str, VariantRef] = {}
+        self.stats = VariantStats(model=spec.name, variant="")
         self.take(spec)
 
     def take(self, spec: ModelRoute) -> None:
@@ -198,7 +200,7 @@ class Table:
         """Takes over one model; returns the endpoints that are gone from it."""
         model = self.models.get(spec.name)
         if model is None:
-            model = self.models[spec.name] = ModelRef(spec, self._row_of(f"queue {spec.name}"))
+            model = self.models[spec.name] = ModelRef(spec, self._row_of(queue_key(spec.name)))
         else:
             model.take(spec)
         gone: list[EndpointRef] = []
@@ -362,3 +364,18 @@ def _check_endpoints(where: str, variant: VariantRoute) -> list[str]:
         except (TableError, UnicodeError) as error:
             faults.append(f"{where}.endpoints[{position}].url: {error}")
     return faults
+
+
+def queue_key(model: str) -> str:
+    """Key of a model's shared count of waiting requests."""
+    return f"queue {model}"
+
+
+def model_keys(model: ModelRoute) -> list[str]:
+    """Keys of all shared counters of a model."""
+    keys = [
+        endpoint_key(variant.name, model.name, endpoint)
+        for variant in model.variants
+        for endpoint in variant.endpoints
+    ]
+    return [queue_key(model.name), *keys]

@@ -6,27 +6,29 @@ import asyncio
 import itertools
 import logging
 import secrets
+import ssl
 import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final
 
-from modelfleet_serving.contract import ModelRoute
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
-from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.hub import TableChange
+from modelfleet_serving.router.observe import Snapshot
 from modelfleet_serving.router.server import ClientConnection
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.table import EndpointRef, Table
 from modelfleet_serving.router.upstream import Connector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.request import Request
 
 _log = logging.getLogger(__name__)
 
+METRICS_TYPE: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 SWEEP_SECONDS: Final = 0.1
 _SLICE: Final = 20
 """Models taken over in one turn of the event loop."""
@@ -40,12 +42,16 @@ class Worker:
         settings: Settings,
         counters: Counters,
         loop: asyncio.AbstractEventLoop,
-        row_of: Callable[[str], int],
+        scrape: Callable[[], Awaitable[bytes]],
     ) -> None:
+        """``scrape`` renders the metrics of all workers."""
         self.settings = settings
         self.counters = counters
         self.loop = loop
-        self.table = Table(row_of, counters.cell)
+        self.table = Table(self._row_of, counters.cell)
+        self._rows: dict[str, int] = {}
+        self._scrape = scrape
+        self._tasks: set[asyncio.Task[None]] = set()
         self.connector = Connector(
             loop,
             connect_timeout=settings.connect_timeout,
@@ -56,6 +62,7 @@ class Worker:
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.draining = False
+        self._idle = asyncio.Event()
         self.cors = bool(settings.cors_origins)
         self.date_line = b""
         self.refused: dict[int, int] = {}
@@ -65,9 +72,16 @@ class Worker:
         self._sweeps = 0
         self._sweep()
 
-    def connection(self) -> ClientConnection:
-        """Protocol factory of the listener."""
-        return ClientConnection(self)
+    async def listen(self, host: str, port: int) -> asyncio.Server:
+        """Opens this worker's own listening socket: the kernel spreads connections over the workers'."""
+        return await self.loop.create_server(
+            lambda: ClientConnection(self),
+            host,
+            port,
+            backlog=self.settings.backlog,
+            reuse_port=True,
+            ssl=_tls_context(self.settings),
+        )
 
     def next_request_id(self) -> bytes:
         """An id that no other worker or router makes."""
@@ -75,23 +89,35 @@ class Worker:
 
     # --- The table ---
 
-    async def take_over(self, models: Sequence[ModelRoute], removed: Sequence[str], *, full: bool) -> None:
+    async def change(self, change: TableChange) -> None:
         """Takes over changed models a few at a time, so that running streams notice nothing."""
         table = self.table
+        self._rows = change.rows
         gone: list[EndpointRef] = []
-        if full:
-            names = {model.name for model in models}
-            removed = [name for name in table.models if name not in names]
-        for index, model in enumerate(models):
+        for index, model in enumerate(change.models):
             gone += table.put(model)
             if index % _SLICE == _SLICE - 1:
                 await asyncio.sleep(0)
-        for name in removed:
+        for name in change.removed:
             gone += table.remove(name)
         table.publish()
         for endpoint in gone:
             self.connector.drop(endpoint)
         self.dispatcher.pump_all()
+
+    def _row_of(self, key: str) -> int:
+        return self._rows.get(key, 0)
+
+    async def snapshot(self) -> Snapshot:
+        """What this worker has counted."""
+        variants = [
+            stats
+            for model in self.table.models.values()
+            for stats in (model.stats, *(variant.stats for variant in model.variants.values()))
+        ]
+        return Snapshot(
+            variants=variants, refused=self.refused, connections=len(self.clients), active=len(self.active)
+        )
 
     # --- Time ---
 
@@ -109,6 +135,8 @@ class Worker:
                 if client.deadline <= now or client.full:
                     client.sweep(now)
         self.dispatcher.pump_all()
+        if self.draining and not self.active:
+            self._idle.set()
         self._sweeps += 1
         self._sweep_handle = self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
@@ -148,8 +176,15 @@ class Worker:
         return None if self.table.loaded else "no route table yet"
 
     def answer_metrics(self, exchange: Exchange) -> None:
-        """Answers a scrape."""
-        raise RequestError(503, "metrics are not available", code="unavailable")
+        """Answers a scrape with the figures of all workers."""
+        task = self.loop.create_task(self._answer_metrics(exchange))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer_metrics(self, exchange: Exchange) -> None:
+        text = await self._scrape()
+        if exchange.client.exchange is exchange:
+            exchange.answer(200, METRICS_TYPE, text)
 
     # --- Accounts ---
 
@@ -175,14 +210,18 @@ class Worker:
 
     # --- The end ---
 
-    async def drain(self) -> None:
-        """Waits until the last request is answered or the drain time is over."""
+    async def drain(self, server: asyncio.Server) -> None:
+        """Fails readiness, stops accepting, and waits until the last request is answered."""
         self.draining = True
+        await asyncio.sleep(self.settings.drain_delay)
+        server.close()
         for client in tuple(self.clients):
             client.close_when_idle()
-        deadline = self.loop.time() + self.settings.drain_timeout
-        while self.active and self.loop.time() < deadline:
-            await asyncio.sleep(0.02)
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("drain time over: %d requests are cut off", len(self.active))
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -190,4 +229,16 @@ class Worker:
             self._sweep_handle.cancel()
         for client in tuple(self.clients):
             client.transport.abort()
+        for task in self._tasks:
+            task.cancel()
         await self.connector.close()
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.tls_certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    return context
