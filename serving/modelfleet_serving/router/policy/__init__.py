@@ -1,0 +1,1 @@
+"""Parts of the router's pure policies; their doors are the modules beside this package."""

@@ -1,0 +1,112 @@
+"""What a prompt begins with, as a chain of hashes over growing blocks of its bytes.
+
+Two prompts that share their first ``n`` blocks share their first ``n`` hashes. The raw JSON of the message
+list is hashed, not its parsed text: clients append messages and leave earlier ones as they are, so a
+conversation's next request begins with the bytes of the last one, up to the bracket that closes the list.
+Images as data URLs are part of those bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from xxhash import xxh3_64_intdigest
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+BLOCK: Final = 512
+"""Bytes of the first blocks: about 128 tokens of English."""
+_PER_SIZE: Final = 8
+"""Blocks of one size; then the size doubles, so that 220 KB are 46 blocks and 64 MB are 112."""
+_SIZES: Final = 18
+
+
+def _ends() -> tuple[int, ...]:
+    ends = []
+    end = 0
+    for doubling in range(_SIZES):
+        for _ in range(_PER_SIZE):
+            end += BLOCK << doubling
+            ends.append(end)
+    return tuple(ends)
+
+
+ENDS: Final = _ends()
+"""Where each block ends, in bytes."""
+
+
+class Fingerprint:
+    """Hashes of a prompt's beginning.
+
+    Attributes:
+        hashes: one a block, each of everything up to the end of its block.
+        size: bytes of the prompt.
+    """
+
+    __slots__ = ("_base", "_skip", "hashes", "size")
+
+    def __init__(self, hashes: list[int], size: int, base: int, skip: int) -> None:
+        self.hashes = hashes
+        self.size = size
+        self._base = base
+        self._skip = skip
+
+    def end(self, block: int) -> int:
+        """Bytes of the prompt up to the end of a block."""
+        block -= self._skip
+        return self._base + (ENDS[block] if block >= 0 else 0)
+
+    @property
+    def key(self) -> int:
+        """What a prompt that nobody has seen is placed by: its first blocks."""
+        hashes = self.hashes
+        return hashes[_PER_SIZE - 1] if len(hashes) >= _PER_SIZE else hashes[-1]
+
+
+def seed_of(*parts: str) -> int:
+    """Seed of a chain: model, variant, adapter, tenant's salt. Chains of different seeds share nothing."""
+    seed = 0
+    for part in parts:
+        seed = xxh3_64_intdigest(part.encode(), seed)
+    return seed
+
+
+def fingerprint(prompt: Buffer, seed: int = 0, before: Sequence[Buffer] = ()) -> Fingerprint | None:
+    """The fingerprint of a prompt, ``None`` when it is too short to be worth a thought.
+
+    Args:
+        prompt: Raw JSON of ``messages``, ``prompt`` or ``input``.
+        seed: From :func:`seed_of`.
+        before: Raw JSON of what the engine puts in front of it: ``tools``, ``system``. They count as one
+            block: where they differ nothing is shared.
+
+    A list's closing bracket or a string's closing quote is left out, and so is the last block while it is
+    not full: both change when the prompt is continued.
+    """
+    view = memoryview(prompt)
+    base = 0
+    for part in before:
+        size = memoryview(part).nbytes
+        if size:
+            seed = xxh3_64_intdigest(part, seed)
+            base += size
+    size = view.nbytes - 1
+    while size > 0 and view[size] in b" \t\r\n":
+        size -= 1
+    hashes: list[int] = []
+    skip = 0
+    if base >= BLOCK:
+        hashes.append(seed)
+        skip = 1
+    elif size < BLOCK:
+        return None
+    start = 0
+    for end in ENDS:
+        if end > size:
+            break
+        seed = xxh3_64_intdigest(view[start:end], seed)
+        hashes.append(seed)
+        start = end
+    return Fingerprint(hashes, base + max(size, 0), base, skip) if hashes else None

@@ -1,0 +1,92 @@
+"""Replicas that one request may choose between, with what the choice needs ready at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Final, Generic, Protocol, TypeVar
+
+from xxhash import xxh3_64_intdigest
+
+UNLIMITED: Final = 1 << 30
+"""``limit`` of a replica whose capacity isn't known."""
+
+
+class Replica(Protocol):
+    """What the policies must know of an endpoint."""
+
+    @property
+    def id(self) -> str:
+        """Unique, and the same in every worker."""
+
+    @property
+    def row(self) -> int:
+        """Row of its shared counter of requests in flight."""
+
+    @property
+    def limit(self) -> int:
+        """Requests it may have in flight now.
+
+        0 when it isn't ready or is ejected, 1 on probation, else its capacity, or :data:`UNLIMITED`.
+        """
+
+    @property
+    def capacity(self) -> int | None:
+        """Requests it runs at once, for comparing replicas of different size; ``None`` when unknown."""
+
+    @property
+    def revision(self) -> str:
+        """Revision of the variant it runs."""
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """LoRA adapters it has loaded."""
+
+
+R = TypeVar("R", bound=Replica)
+
+
+class Group(Generic[R]):
+    """Usable replicas, immutable. Made anew when membership, state, health or capacity changes.
+
+    Attributes:
+        members: those with a limit above 0.
+        scale: by member, how much heavier a request weighs there than on the biggest one; ``None`` when all
+            are equal, which is the common case.
+    """
+
+    def __init__(self, replicas: Sequence[R]) -> None:
+        self.members: list[R] = [replica for replica in replicas if replica.limit > 0]
+        sizes = {replica.capacity for replica in self.members}
+        self.scale: list[float] | None = None
+        if len(sizes) > 1:
+            biggest = max(size or 1 for size in sizes)
+            self.scale = [biggest / (replica.capacity or biggest) for replica in self.members]
+
+    @cached_property
+    def names(self) -> list[bytes]:
+        """Ids as bytes, to rank members for a key."""
+        return [replica.id.encode() for replica in self.members]
+
+    @cached_property
+    def codes(self) -> list[int]:
+        """16-bit code of each member: how the prefix table names it."""
+        return [replica_code(name) for name in self.names]
+
+    @cached_property
+    def by_code(self) -> dict[int, int]:
+        """Index of a member by its code."""
+        return {code: index for index, code in enumerate(self.codes)}
+
+    def rank(self, key: int, index: int) -> int:
+        """Rendezvous score (highest random weight) of a member for a key: the same in every process."""
+        return xxh3_64_intdigest(self.names[index], key)
+
+
+def replica_code(name: bytes) -> int:
+    """A replica's 16-bit code, never 0.
+
+    Two replicas of one variant share a code once in 65,535 pairs; then one is taken for the other, which
+    costs a cache miss.
+    """
+    return xxh3_64_intdigest(name) % 0xFFFF + 1
