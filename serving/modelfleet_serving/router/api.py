@@ -27,13 +27,15 @@ class Operation(NamedTuple):
     kind: Kind
     anthropic: bool = False
     """Errors take Anthropic's form."""
+    generates: bool = False
+    """Continues a prompt: engines keep the prompt's cache, so its beginning matters to the choice."""
 
 
 OPERATIONS: Final[dict[bytes, Operation]] = {
-    b"/v1/chat/completions": Operation("chat", Kind.CHAT),
-    b"/v1/completions": Operation("completions", Kind.COMPLETION),
-    b"/v1/responses": Operation("responses", Kind.JSON),
-    b"/v1/messages": Operation("messages", Kind.JSON, anthropic=True),
+    b"/v1/chat/completions": Operation("chat", Kind.CHAT, generates=True),
+    b"/v1/completions": Operation("completions", Kind.COMPLETION, generates=True),
+    b"/v1/responses": Operation("responses", Kind.JSON, generates=True),
+    b"/v1/messages": Operation("messages", Kind.JSON, anthropic=True, generates=True),
     b"/v1/messages/count_tokens": Operation("count_tokens", Kind.JSON, anthropic=True),
     b"/v1/embeddings": Operation("embeddings", Kind.JSON),
     b"/v2/embed": Operation("embeddings", Kind.JSON),

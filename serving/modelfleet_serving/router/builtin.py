@@ -12,6 +12,7 @@ from modelfleet_serving.router.errors import RequestError
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.request import Request
     from modelfleet_serving.router.table import Target
 
 _JSON: Final = b"content-type: application/json\r\n"
@@ -79,13 +80,12 @@ def _entry(target: Target, variant: str | None) -> dict[str, object]:
     return entry
 
 
-def check_method(exchange: Exchange, operation: Operation) -> None:
+def check_method(request: Request, operation: Operation) -> None:
     """Allows what an engine's path takes beside POST.
 
     Raises:
         RequestError: 405 or 426.
     """
-    request = exchange.request
     if operation.kind is Kind.WEBSOCKET and request.method == b"GET":
         if request.upgrade != b"websocket" or not request.upgrades:
             raise RequestError(
@@ -113,7 +113,13 @@ def _preflight(exchange: Exchange) -> None:
         allowed = b"GET" if OPERATIONS[path].kind is Kind.WEBSOCKET else b"POST"
     else:
         allowed = b"GET, HEAD, POST"
-    exchange.answer(204, b"allow: " + allowed + b", OPTIONS\r\n", b"")
+    request = exchange.request
+    headers = b"allow: " + allowed + b", OPTIONS\r\n"
+    if exchange.worker.cors and exchange.worker.cors_headers(request):
+        asked = request.special.get(b"access-control-request-headers", b"*")
+        headers += b"access-control-allow-methods: " + allowed + b", OPTIONS\r\n"
+        headers += b"access-control-allow-headers: " + asked + b"\r\naccess-control-max-age: 600\r\n"
+    exchange.answer(204, headers, b"")
 
 
 def query_value(query: bytes, name: bytes) -> str | None:

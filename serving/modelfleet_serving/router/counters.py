@@ -7,10 +7,13 @@ crash leaks nothing.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
 from typing import Final
+
+from modelfleet_serving.router.affinity import DEFAULT_BYTES
 
 ROWS: Final = 65_536
 _CELL: Final = 4
@@ -21,13 +24,14 @@ class Counters:
 
     Attributes:
         cells: all cells, row by row; this worker's cell of ``row`` is ``row * workers + worker``.
+        prefixes: memory of the prefix table, which the workers share as well.
     """
 
-    __slots__ = ("_memory", "cells", "fd", "worker", "workers")
+    __slots__ = ("_memory", "cells", "fd", "prefixes", "worker", "workers")
 
     def __init__(self, workers: int = 1, worker: int = 0, fd: int | None = None, rows: int = ROWS) -> None:
         """Maps the memory behind ``fd``, or makes it when there is none."""
-        size = rows * workers * _CELL
+        size = rows * workers * _CELL + DEFAULT_BYTES
         if fd is None:
             fd = _anonymous_file()
             os.ftruncate(fd, size)
@@ -35,7 +39,9 @@ class Counters:
         self.workers = workers
         self.worker = worker
         self._memory = mmap.mmap(fd, size)
-        self.cells = memoryview(self._memory).cast("i")
+        whole = memoryview(self._memory)
+        self.prefixes = whole[:DEFAULT_BYTES]
+        self.cells = whole[DEFAULT_BYTES:].cast("i")
 
     def cell(self, row: int) -> int:
         """Index of this worker's cell of a row."""
@@ -56,9 +62,10 @@ class Counters:
                 cells[index] = 0
 
     def close(self) -> None:
-        """Unmaps the memory."""
+        """Unmaps the memory, unless something still looks at it; then the process's end does."""
         self.cells.release()
-        self._memory.close()
+        with contextlib.suppress(BufferError):
+            self._memory.close()
         os.close(self.fd)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from modelfleet_serving.contract import Affinity, EndpointState
+from modelfleet_serving.router.affinity import Fingerprint, PrefixAffinity, PrefixTable, fingerprint
+from modelfleet_serving.router.choice import Selector, session_key
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.table import EndpointRef, ModelRef, VariantRef
 
@@ -13,14 +16,19 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.worker import Worker
 
+_MAY_COME: Final = frozenset({EndpointState.STARTING, EndpointState.SLEEPING, EndpointState.DRAINING})
+
 
 class Dispatcher:
     """Routing decisions of one worker."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, prefixes: PrefixTable) -> None:
+        """``prefixes`` is shared by all workers."""
         self._worker = worker
-        self._counters = worker.counters
-        self._cells = worker.counters.cells
+        counters = worker.counters
+        self._cells = counters.cells
+        rng = random.Random()  # noqa: S311 - spreads load
+        self._selector = Selector(counters.total, rng, PrefixAffinity(counters.total, rng, prefixes))
         self._held: dict[str, deque[Exchange]] = {}
 
     def dispatch(self, exchange: Exchange) -> None:
@@ -29,23 +37,31 @@ class Dispatcher:
         Raises:
             RequestError: 429 or 503 when it can't be held.
         """
-        endpoint = self._choose(exchange)
+        model = exchange.target.model
+        if model.affinity is not Affinity.NONE:
+            session = exchange.request.special.get(b"x-modelfleet-session")
+            if session is not None:
+                exchange.session = session_key(session)
+        exchange.order = model.plan.order(exchange.target.pin, exchange.session)
+        endpoint = self._pick(exchange)
         if endpoint is None:
             self._hold(exchange)
-            return
+        else:
+            endpoint.variant.stats.requests += 1
+            self.assign(exchange, endpoint)
+
+    def alternative(self, exchange: Exchange) -> EndpointRef | None:
+        """Another engine for a request that has got no byte yet, if there is one that may be tried."""
+        if exchange.began or exchange.attempts >= self._worker.settings.max_attempts:
+            return None
+        if exchange.endpoint is not None:
+            exchange.tried.append(exchange.endpoint)
+        return self._pick(exchange)
+
+    def assign(self, exchange: Exchange, endpoint: EndpointRef) -> None:
+        """Counts a request on its engine before it is sent there: the next choice sees it."""
         self._cells[endpoint.cell] += 1
         exchange.run_on(endpoint)
-
-    def may_retry(self, exchange: Exchange) -> bool:
-        """Whether another engine may be tried for a request that has got no byte yet."""
-        if exchange.began or exchange.attempts >= self._worker.settings.max_attempts:
-            return False
-        endpoint = exchange.endpoint
-        return any(
-            candidate is not endpoint
-            for variant in self._variants(exchange)
-            for candidate in self._candidates(exchange, variant)
-        )
 
     def released(self, endpoint: EndpointRef) -> None:
         """A request has left an engine: another one may take its place."""
@@ -53,99 +69,69 @@ class Dispatcher:
         if self._held:
             self._worker.loop.call_soon(self.pump, endpoint.variant.model)
 
-    # --- Choice ---
-
-    def _choose(self, exchange: Exchange) -> EndpointRef | None:
-        first: VariantRef | None = None
-        for variant in self._variants(exchange):
-            first = first or variant
-            candidates = self._candidates(exchange, variant)
-            if candidates:
-                exchange.variant = variant
-                exchange.fallback_from = first.name if variant is not first else None
-                return self._pick(candidates)
+    def _pick(self, exchange: Exchange) -> EndpointRef | None:
+        order = exchange.order
+        target = exchange.target
+        for variant in order:
+            pool = variant.pool
+            groups = pool.groups
+            prompt = None
+            if exchange.session is None and groups and (len(groups) > 1 or len(groups[0].members) > 1):
+                prompt = self._prompt(exchange)
+            endpoint = self._selector.pick(
+                pool, prompt=prompt, session=exchange.session, adapter=target.adapter, exclude=exchange.tried
+            )
+            if endpoint is not None:
+                if variant is not order[0]:
+                    exchange.fallback_from = order[0].name
+                    variant.stats.fallbacks += 1
+                return endpoint
         return None
 
-    def _variants(self, exchange: Exchange) -> list[VariantRef]:
+    def _prompt(self, exchange: Exchange) -> Fingerprint | None:
+        """What the prompt begins with, read once a request and only where there is something to choose."""
+        if exchange.prompt_read:
+            return exchange.prompt
+        exchange.prompt_read = True
+        peek = exchange.peek
         target = exchange.target
-        model = target.model
-        if target.pin is not None:
-            variant = model.variants.get(target.pin)
-            return [variant] if variant else []
-        chosen = exchange.variant.name if exchange.variant else self._draw(model)
-        if exchange.fallback_from:
-            chosen = exchange.fallback_from
-        names = [chosen, *(name for name in model.fallback if name != chosen)]
-        return [model.variants[name] for name in names if name in model.variants]
-
-    def _draw(self, model: ModelRef) -> str:
-        weights = {
-            name: weight for name, weight in model.weights.items() if weight > 0 and name in model.variants
-        }
-        if not weights:
-            weights = dict.fromkeys(model.variants, 1)
-        if not weights:
-            return ""
-        return random.choices(list(weights), list(weights.values()))[0]  # noqa: S311
-
-    def _candidates(self, exchange: Exchange, variant: VariantRef) -> list[EndpointRef]:
-        tried = exchange.tried
-        adapter = exchange.target.adapter
-        listed = adapter is not None and any(ref.adapters for ref in variant.endpoints)
-        total = self._counters.total
-        return [
-            ref
-            for ref in variant.endpoints
-            if ref.ready
-            and ref not in tried
-            and (not listed or adapter in ref.adapters)
-            and (ref.capacity is None or total(ref.row) < ref.capacity)
-        ]
-
-    def _pick(self, candidates: list[EndpointRef]) -> EndpointRef:
-        if len(candidates) == 1:
-            return candidates[0]
-        one, other = random.sample(candidates, 2)
-        return one if self._counters.total(one.row) <= self._counters.total(other.row) else other
+        if peek is not None and exchange.operation.generates and target.model.affinity is Affinity.PREFIX:
+            raw = peek.messages or peek.prompt or peek.input
+            exchange.prompt = fingerprint(raw, target.seed(exchange.salt), (peek.tools, peek.system))
+        return exchange.prompt
 
     # --- Holding ---
 
     def _hold(self, exchange: Exchange) -> None:
         model = exchange.target.model
-        if exchange.tried:
-            raise RequestError(
-                503, f"no engine of {model.name!r} can answer", code="no_engine", retry_after=1.0
-            )
-        states = [ref for variant in self._variants(exchange) for ref in variant.endpoints]
-        queue = self._held.setdefault(model.name, deque())
+        variants = exchange.order
+        if not _worth_waiting(variants, exchange.target.adapter):
+            known = sum(len(variant.endpoints) for variant in variants)
+            message = f"no engine of {model.name!r} can answer ({known} known, none is well)"
+            raise RequestError(503, message, code="no_engine", retry_after=1.0)
         if model.queue.max_requests <= 0 or model.queue.timeout_seconds <= 0:
-            raise RequestError(
-                503,
-                f"no engine of {model.name!r} is ready ({len(states)} known)",
-                code="no_engine",
-                retry_after=5.0,
-            )
+            message = f"every engine of {model.name!r} is busy or not ready, and requests don't wait for it"
+            raise RequestError(503, message, code="no_engine", retry_after=5.0)
+        queue = self._held.setdefault(model.name, deque())
         if len(queue) >= model.queue.max_requests:
-            raise RequestError(
-                429,
-                f"{len(queue)} requests wait for {model.name!r} already, its limit",
-                code="queue_full",
-                retry_after=5.0,
-            )
+            message = f"{len(queue)} requests wait for {model.name!r} already, its limit"
+            raise RequestError(429, message, code="queue_full", retry_after=5.0)
+        model.stats.requests += 1
         exchange.deadline = min(self._worker.loop.time() + model.queue.timeout_seconds, exchange.expires)
         queue.append(exchange)
 
     def pump(self, model: ModelRef) -> None:
         """Sends what waits for a model as far as its engines take it."""
         queue = self._held.get(model.name)
+        plan = model.plan
         while queue:
             exchange = queue[0]
-            endpoint = self._choose(exchange)
+            exchange.order = plan.order(exchange.target.pin, exchange.session)
+            endpoint = self._pick(exchange)
             if endpoint is None:
                 return
             queue.popleft()
-            self._cells[endpoint.cell] += 1
-            exchange.run_on(endpoint)
+            self.assign(exchange, endpoint)
 
     def pump_all(self) -> None:
         """Does so for every model with waiting requests."""
@@ -169,3 +155,11 @@ class Dispatcher:
             f"no engine of {model.name!r} became free within {model.queue.timeout_seconds:g} s",
             code="queue_timeout",
         )
+
+
+def _worth_waiting(variants: tuple[VariantRef, ...], adapter: str | None) -> bool:
+    """Whether an engine may come or become free: none exists yet, one starts, or all are at their limit."""
+    endpoints = [ref for variant in variants for ref in variant.endpoints]
+    if not endpoints:
+        return bool(variants)
+    return any(ref.limit > 0 or ref.state in _MAY_COME for ref in endpoints) or adapter is not None

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.contract import HEADER_FALLBACK
 from modelfleet_serving.router import builtin
+from modelfleet_serving.router.affinity import Fingerprint
 from modelfleet_serving.router.api import OPERATIONS, Kind, Operation
-from modelfleet_serving.router.body import multipart_model, peek_json, replace_model
+from modelfleet_serving.router.body import Peek, multipart_model, peek_json, replace_model
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.relay import ChunkedRelay, EventRelay, PlainRelay, SizedRelay, frame
 from modelfleet_serving.router.response import ResponseHead
@@ -28,7 +29,8 @@ class Exchange:
 
     Attributes:
         target: what its model name stands for.
-        variant: the variant that serves it; with ``fallback_from`` where that isn't the chosen one.
+        order: the variants that may serve it, the chosen one first.
+        fallback_from: the chosen variant, where another one serves it.
         endpoint: the engine it is counted on.
         tried: engines that failed it.
         deadline: when the current wait is over, in loop time.
@@ -52,14 +54,19 @@ class Exchange:
         "expires",
         "fallback_from",
         "operation",
+        "order",
+        "peek",
+        "prompt",
+        "prompt_read",
         "request",
+        "salt",
         "sent_at",
+        "session",
         "started",
         "target",
         "tried",
         "tunnel",
         "upstream",
-        "variant",
         "worker",
     )
 
@@ -70,13 +77,17 @@ class Exchange:
         self.client = client
         self.worker = client.worker
         self.request = request
-        self.variant: VariantRef | None = None
         self.endpoint: EndpointRef | None = None
         self.upstream: UpstreamConnection | None = None
         self.fallback_from: str | None = None
         self.tried: list[EndpointRef] = []
         self.attempts = 0
-        self.began = self.events = self.tunnel = False
+        self.began = self.events = self.tunnel = self.prompt_read = False
+        self.order: tuple[VariantRef, ...] = ()
+        self.peek: Peek | None = None
+        self.prompt: Fingerprint | None = None
+        self.session: int | None = None
+        self.salt = ""
         self.deadline = self.expires = _NEVER
         self.started = request.received_at
         self.sent_at = 0.0
@@ -95,12 +106,12 @@ class Exchange:
             self._request_id = self.worker.next_request_id()
         try:
             operation = OPERATIONS.get(request.path)
-            if operation is None:
+            if operation is None or request.method == b"OPTIONS":
                 builtin.answer(self)
                 return
             self.operation = operation
             if request.method != b"POST":
-                builtin.check_method(self, operation)
+                builtin.check_method(request, operation)
             self.target = self._find_target(operation)
             timeout = request.text("x-modelfleet-timeout")
             if timeout is not None:
@@ -120,7 +131,8 @@ class Exchange:
         elif operation.kind is Kind.WEBSOCKET:
             name = builtin.query_value(request.query, b"model") or request.text("x-modelfleet-model")
         else:
-            name = peek_json(request.body).model
+            self.peek = peek_json(request.body)
+            name = self.peek.model
         if not name:
             raise RequestError(400, "you must provide a model parameter", code="missing_model", param="model")
         target = table.resolve(name)
@@ -300,10 +312,14 @@ class Exchange:
 
     def _try_elsewhere(self, connection: UpstreamConnection, status: int) -> bool:
         """Gives an engine's 5xx to nobody while another engine may do better."""
-        if self.request.upgrades or not self.worker.dispatcher.may_retry(self):
+        if self.request.upgrades:
             return False
+        other = self.worker.dispatcher.alternative(self)
+        if other is None:
+            return False
+        self.worker.log_failure(connection.endpoint, f"answered {status}")
         self._detach(connection)
-        self._next_attempt(f"answered {status}")
+        self._move(other)
         return True
 
     def on_upstream_closed(self, connection: UpstreamConnection, reason: str) -> None:
@@ -344,26 +360,21 @@ class Exchange:
         assert endpoint is not None  # noqa: S101 - it is being tried
         endpoint.variant.stats.failures += 1
         self.worker.log_failure(endpoint, reason)
-        if self.worker.dispatcher.may_retry(self):
-            self._next_attempt(reason)
+        other = self.worker.dispatcher.alternative(self)
+        if other is not None:
+            self._move(other)
             return
         message = f"the engine {endpoint.id!r} of {self.target.name!r} {reason}"
         if self.attempts > 1:
             message += f"; {self.attempts} engines were tried"
         self.fail(RequestError(status, message, code="engine_failed", retry_after=1.0))
 
-    def _next_attempt(self, reason: str) -> None:
-        endpoint = self.endpoint
-        assert endpoint is not None  # noqa: S101 - it was being tried
-        endpoint.variant.stats.retries += 1
+    def _move(self, other: EndpointRef) -> None:
+        """Tries the next engine."""
+        other.variant.stats.retries += 1
         self._fresh_retry = False
-        self.tried.append(endpoint)
         self.release()
-        try:
-            self.worker.dispatcher.dispatch(self)
-        except RequestError as error:
-            error.message = f"{error.message} (the last engine {reason})"
-            self.fail(error)
+        self.worker.dispatcher.assign(self, other)
 
     def _cut_off(self, reason: str) -> None:
         """Ends an answer whose engine is gone so that nobody takes it for whole."""

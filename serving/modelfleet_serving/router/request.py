@@ -45,7 +45,7 @@ HEADER_CODES: Final[dict[bytes, int]] = {
     b"origin": _KEEP,
     b"authorization": _TAKE,
     b"x-api-key": _TAKE,
-    b"access-control-request-method": _KEEP,
+    b"access-control-request-headers": _TAKE,
     HEADER_REQUEST_ID.encode(): _TAKE,
     HEADER_MODEL.encode(): _TAKE,
     HEADER_VARIANT.encode(): _TAKE,

@@ -307,7 +307,7 @@ class ClientConnection(asyncio.Protocol):
                     self.worker.date_line,
                     headers,
                     connection,
-                    b"content-length: %d\r\n\r\n" % len(body),
+                    b"\r\n" if status == 204 else b"content-length: %d\r\n\r\n" % len(body),
                     b"" if head_only else body,
                 )
             )

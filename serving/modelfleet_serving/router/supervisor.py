@@ -52,7 +52,7 @@ class WorkerLink:
         except ConnectionError:
             return
         except TimeoutError:
-            _log.error("a worker does not take over the table; it is ended")  # noqa: TRY400
+            _log.error("a worker does not take over the table; it is ended")
             self._kill()
 
     async def snapshot(self) -> Snapshot:

@@ -6,7 +6,9 @@ and a model keeps the requests that wait for it.
 
 from __future__ import annotations
 
+import functools
 import logging
+import random
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
@@ -22,6 +24,8 @@ from modelfleet_serving.contract import (
     ModelRoute,
     VariantRoute,
 )
+from modelfleet_serving.router.affinity import seed_of
+from modelfleet_serving.router.choice import UNLIMITED, Pool, VariantPlan
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.observe import VariantStats
 
@@ -45,6 +49,7 @@ class EndpointRef:
         row: its row of shared counters.
         cell: this worker's cell in that row.
         ready: may get new requests, by its supervisor's word.
+        limit: requests it may have in flight now; 0 while it is not to get any.
         idle: open connections that carry no request, the most recently used last.
     """
 
@@ -57,12 +62,14 @@ class EndpointRef:
         "host",
         "id",
         "idle",
+        "limit",
         "path",
         "port",
         "ready",
         "request_tail",
         "revision",
         "row",
+        "state",
         "tls",
         "variant",
     )
@@ -80,10 +87,16 @@ class EndpointRef:
 
     def update(self, spec: Endpoint) -> None:
         """Takes over what may change in an endpoint's life."""
+        self.state = spec.state
         self.ready = spec.state is EndpointState.READY
         self.capacity = spec.capacity
+        self.limit = self.capacity_limit() if self.ready else 0
         self.revision = spec.revision
         self.adapters = frozenset(spec.adapters)
+
+    def capacity_limit(self) -> int:
+        """Requests that it takes while it is well."""
+        return UNLIMITED if self.capacity is None else self.capacity
 
     def headers(self, model: str) -> bytes:
         """Header lines that tell a client who answered."""
@@ -100,13 +113,13 @@ class EndpointRef:
 class VariantRef:
     """One variant of a model with its engines."""
 
-    __slots__ = ("endpoints", "model", "name", "revision_weights", "stats")
+    __slots__ = ("endpoints", "model", "name", "pool", "stats")
 
     def __init__(self, name: str, model: ModelRef) -> None:
         self.name = name
         self.model = model
         self.endpoints: list[EndpointRef] = []
-        self.revision_weights: dict[str, int] = {}
+        self.pool: Pool[EndpointRef] = Pool(())
         self.stats = VariantStats(model=model.name, variant=name)
 
 
@@ -116,32 +129,28 @@ class ModelRef:
     __slots__ = (
         "adapters",
         "affinity",
-        "fallback",
         "name",
         "namespace",
+        "plan",
         "queue",
         "row",
-        "spec",
         "stats",
         "variants",
-        "weights",
     )
 
     def __init__(self, spec: ModelRoute, row: int) -> None:
         self.name = spec.name
         self.row = row
-        self.variants: dict[str, VariantRef] = {}
         self.stats = VariantStats(model=spec.name, variant="")
-        self.take(spec)
+        self.take(spec, {})
 
-    def take(self, spec: ModelRoute) -> None:
-        """Takes over the settings; endpoints are the table's part."""
-        self.spec = spec
+    def take(self, spec: ModelRoute, variants: dict[str, VariantRef]) -> None:
+        """Takes over settings and variants."""
         self.namespace = spec.namespace
-        self.fallback = list(spec.fallback)
         self.affinity: Affinity = spec.affinity
         self.queue = spec.queue
-        self.weights = dict(spec.weights)
+        self.variants = variants
+        self.plan = VariantPlan(variants, spec.weights, spec.fallback, random.random())  # noqa: S311
         self.adapters = frozenset(spec.adapters).union(
             name for variant in spec.variants for endpoint in variant.endpoints for name in endpoint.adapters
         )
@@ -156,7 +165,7 @@ class Target:
         adapter: the LoRA adapter, when the name is an adapter's.
     """
 
-    __slots__ = ("_pinned", "adapter", "model", "name", "pin")
+    __slots__ = ("_pinned", "_seeds", "adapter", "model", "name", "pin")
 
     def __init__(self, name: str, model: ModelRef, adapter: str | None, pin: str | None = None) -> None:
         self.name = name
@@ -164,6 +173,16 @@ class Target:
         self.adapter = adapter
         self.pin = pin
         self._pinned: dict[str, Target] = {}
+        self._seeds: dict[str, int] = {}
+
+    def seed(self, salt: str) -> int:
+        """Where prompt fingerprints start: prefixes are shared within one model, adapter and tenant."""
+        seed = self._seeds.get(salt)
+        if seed is None:
+            if len(self._seeds) > 10_000:
+                self._seeds.clear()
+            seed = self._seeds[salt] = seed_of(self.model.name, self.adapter or "", salt)
+        return seed
 
     def pinned(self, variant: str) -> Target:
         """The same target bound to a variant.
@@ -201,22 +220,19 @@ class Table:
         model = self.models.get(spec.name)
         if model is None:
             model = self.models[spec.name] = ModelRef(spec, self._row_of(queue_key(spec.name)))
-        else:
-            model.take(spec)
         gone: list[EndpointRef] = []
-        old = model.variants
-        model.variants = {}
+        old = dict(model.variants)
+        variants: dict[str, VariantRef] = {}
         for variant_spec in spec.variants:
             variant = old.pop(variant_spec.name, None) or VariantRef(variant_spec.name, model)
             gone += self._fill(variant, variant_spec)
-            model.variants[variant.name] = variant
+            variants[variant.name] = variant
+        model.take(spec, variants)
         for variant in old.values():
-            gone += variant.endpoints
-            variant.endpoints = []
+            gone += _empty(variant)
         return gone
 
     def _fill(self, variant: VariantRef, spec: VariantRoute) -> list[EndpointRef]:
-        variant.revision_weights = dict(spec.revision_weights)
         known = {(ref.id, ref.authority, ref.path): ref for ref in variant.endpoints}
         endpoints = []
         for endpoint in spec.endpoints:
@@ -231,6 +247,7 @@ class Table:
                 ref.update(endpoint)
             endpoints.append(ref)
         variant.endpoints = endpoints
+        variant.pool = Pool(endpoints, spec.revision_weights, random.random())  # noqa: S311 - a share, no secret
         for ref in known.values():
             ref.ready = False
         return list(known.values())
@@ -240,11 +257,7 @@ class Table:
         model = self.models.pop(name, None)
         if model is None:
             return []
-        gone = [ref for variant in model.variants.values() for ref in variant.endpoints]
-        for ref in gone:
-            ref.ready = False
-        model.variants = {}
-        return gone
+        return [ref for variant in model.variants.values() for ref in _empty(variant)]
 
     def publish(self) -> None:
         """Makes the names of added and removed models and adapters known, in one step."""
@@ -288,6 +301,15 @@ class Table:
         return f"models are: {shown}" + (f" and {more} more (GET /v1/models lists them)" if more > 0 else "")
 
 
+def _empty(variant: VariantRef) -> list[EndpointRef]:
+    gone = variant.endpoints
+    variant.endpoints = []
+    variant.pool = Pool(())
+    for ref in gone:
+        ref.ready = False
+    return gone
+
+
 def _printable(name: str) -> str:
     return name if len(name) <= 200 else name[:200] + "…"
 
@@ -297,6 +319,7 @@ def endpoint_key(variant: str, model: str, endpoint: Endpoint) -> str:
     return f"endpoint {model} {variant} {endpoint.id} {endpoint.url}"
 
 
+@functools.lru_cache(maxsize=32_768)
 def parse_endpoint_url(url: str) -> tuple[bool, str, int, bytes, bytes]:
     """TLS or not, host, port, authority and path prefix of an engine's base URL."""
     parts = urlsplit(url)

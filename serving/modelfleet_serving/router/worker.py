@@ -11,6 +11,7 @@ import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final
 
+from modelfleet_serving.router.affinity import PrefixTable
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
 from modelfleet_serving.router.hub import TableChange
@@ -58,7 +59,7 @@ class Worker:
             idle_limit=settings.pool_idle,
             idle_timeout=settings.pool_idle_timeout,
         )
-        self.dispatcher = Dispatcher(self)
+        self.dispatcher = Dispatcher(self, PrefixTable(counters.prefixes))
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.draining = False

@@ -1,0 +1,226 @@
+"""HTTP/1.1 towards clients: complete, strict, and safe against smuggling and slow clients."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.unit.router.harness import Harness, harness, model, post, until
+
+BODY = b'{"model":"m"}'
+START = b"POST /v1/chat/completions HTTP/1.1\r\n"
+HOST = START + b"host: x\r\n"
+
+
+def _chunked(*chunks: bytes, extra: bytes = b"", trailers: bytes = b"") -> bytes:
+    body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in chunks)
+    return HOST + b"transfer-encoding: chunked\r\n" + extra + b"\r\n" + body + b"0\r\n" + trailers + b"\r\n"
+
+
+async def _ready(router: Harness) -> None:
+    await router.table(model(bf16=[await router.engine("r1")]))
+
+
+# Each of these has been a way to smuggle a request past some proxy, or breaks the protocol outright.
+MALFORMED = {
+    "length and chunked": HOST + b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked and length": HOST + b"transfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n0\r\n\r\n",
+    "two lengths": HOST + b"content-length: 13\r\ncontent-length: 14\r\n\r\n" + BODY,
+    "equal lengths": HOST + b"content-length: 13\r\ncontent-length: 13\r\n\r\n" + BODY,
+    "length list": HOST + b"content-length: 13, 13\r\n\r\n" + BODY,
+    "signed length": HOST + b"content-length: +13\r\n\r\n" + BODY,
+    "hexadecimal length": HOST + b"content-length: 0xd\r\n\r\n" + BODY,
+    "huge length": HOST + b"content-length: 99999999999999999999\r\n\r\n",
+    "empty length": HOST + b"content-length:\r\n\r\n",
+    "other coding": HOST + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "identity": HOST + b"transfer-encoding: identity\r\n\r\n",
+    "xchunked": HOST + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "coding twice": HOST + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked in HTTP/1.0": HOST.replace(b"1.1", b"1.0") + b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "folded header": HOST + b"x-a: b\r\n c\r\ncontent-length: 13\r\n\r\n" + BODY,
+    "folded coding": HOST + b"transfer-encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+    "bare LF": HOST + b"x-a: b\ncontent-length: 13\r\n\r\n" + BODY,
+    "bare LF throughout": HOST.replace(b"\r\n", b"\n") + b"content-length: 13\n\n" + BODY,
+    "bare CR": HOST + b"x-a: b\rcontent-length: 13\r\n\r\n" + BODY,
+    "space before colon": HOST + b"content-length : 13\r\n\r\n" + BODY,
+    "no colon": HOST + b"nonsense\r\n\r\n",
+    "NUL in a value": HOST + b"x-a: b\x00c\r\n\r\n",
+    "control character in a value": HOST + b"x-a: b\x01c\r\n\r\n",
+    "no host": START + b"content-length: 13\r\n\r\n" + BODY,
+    "two hosts": HOST + b"host: y\r\ncontent-length: 13\r\n\r\n" + BODY,
+    "two request ids": HOST + b"x-request-id: a\r\nx-request-id: b\r\ncontent-length: 13\r\n\r\n" + BODY,
+    "chunk size 0x3": HOST + b"transfer-encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n",
+    "negative chunk": HOST + b"transfer-encoding: chunked\r\n\r\n-3\r\nabc\r\n0\r\n\r\n",
+    "chunk size with space": HOST + b"transfer-encoding: chunked\r\n\r\n3 \r\nabc\r\n0\r\n\r\n",
+    "huge chunk": HOST + b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\nabc",
+    "chunk without end": HOST + b"transfer-encoding: chunked\r\n\r\n3\r\nabcX0\r\n\r\n",
+    "LF after chunk size": HOST + b"transfer-encoding: chunked\r\n\r\n3\nabc\n0\n\n",
+    "length in trailers": _chunked(BODY, trailers=b"content-length: 4\r\n"),
+    "unknown method": HOST.replace(b"POST", b"FOO") + b"\r\n",
+    "not HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "tab in request line": HOST.replace(b" ", b"\t", 1) + b"\r\n",
+    "non-ASCII target": HOST.replace(b"/v1", b"/\xff1") + b"\r\n",
+    "authority as target": HOST.replace(b"/v1/chat/completions", b"ftp://x/y") + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
+async def test_malformed_requests_are_400_and_nothing_behind_them_is_read(router: Harness, data: bytes) -> None:
+    await _ready(router)
+    client = await router.client()
+    client.send(data + b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+    answer = await client.answer()
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+    assert answer.headers["connection"] == "close"
+    assert await client.closed()
+    assert not router.engines[0].requests
+
+
+@pytest.mark.parametrize("version", [b"HTTP/2.0", b"HTTP/0.9"])
+async def test_other_versions_are_refused(router: Harness, version: bytes) -> None:
+    answer = await router.ask(HOST.replace(b"HTTP/1.1", version) + b"content-length: 13\r\n\r\n" + BODY)
+    assert answer.status == 505
+
+
+async def test_chunked_bodies_reach_the_engine_sized(router: Harness) -> None:
+    await _ready(router)
+    data = _chunked(BODY[:5], BODY[5:], extra=b"trailer: x-t\r\n", trailers=b"x-t: 1\r\n")
+    assert (await router.ask(data)).status == 200
+    received = router.engines[0].requests[0]
+    assert received.body == BODY
+    assert received.headers["content-length"] == "13"
+    assert not {"transfer-encoding", "trailer", "x-t"} & set(received.headers)
+
+
+async def test_pipelined_requests_are_answered_in_order(router: Harness) -> None:
+    await _ready(router)
+    client = await router.client()
+    health = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    client.send(post() + health + post(model="nope") + _chunked(BODY) + health)
+    assert [(await client.answer()).status for _ in range(5)] == [200, 200, 404, 200, 200]
+    client.send(b"".join(post(headers={"x-request-id": f"n{n}"}) for n in range(300)))
+    assert [(await client.answer()).headers["x-request-id"] for _ in range(300)] == [f"n{n}" for n in range(300)]
+
+
+async def test_answers_before_a_malformed_request_still_come(router: Harness) -> None:
+    await _ready(router)
+    client = await router.client()
+    client.send(post() + post() + b"nonsense\r\n\r\n")
+    assert [(await client.answer()).status for _ in range(3)] == [200, 200, 400]
+    assert await client.closed()
+
+
+async def test_any_split_of_the_bytes_gives_the_same_answer(router: Harness) -> None:
+    await _ready(router)
+    data = post() + _chunked(BODY[:5], BODY[5:])
+    for step in (1, 2, 3, 7, 50):
+        client = await router.client()
+        for start in range(0, len(data), step):
+            client.send(data[start : start + step])
+            await asyncio.sleep(0)
+        assert [(await client.answer()).status for _ in range(2)] == [200, 200]
+    assert {request.body for request in router.engines[0].requests[1::2]} == {BODY}
+
+
+async def test_expect_continue(router: Harness) -> None:
+    await _ready(router)
+    client = await router.client()
+    client.send(HOST + b"expect: 100-continue\r\ncontent-length: 13\r\n\r\n")
+    assert (await client.head())[0] == 100
+    client.send(BODY)
+    assert (await client.answer()).status == 200
+    assert "expect" not in router.engines[0].requests[0].headers
+    client.send(HOST + b"expect: magic\r\ncontent-length: 13\r\n\r\n")
+    assert (await client.answer()).status == 417
+
+
+async def test_http_1_0_clients(router: Harness) -> None:
+    await _ready(router)
+    client = await router.client()
+    old = START.replace(b"1.1", b"1.0")
+    client.send(old + b"connection: keep-alive\r\ncontent-length: 13\r\n\r\n" + BODY)
+    answer = await client.answer()
+    assert answer.headers["connection"] == "keep-alive"
+    client.send(old + b"content-length: 13\r\n\r\n" + BODY)
+    assert (await client.answer()).headers["connection"] == "close"
+    assert await client.closed()
+
+
+async def test_a_declined_upgrade_with_a_body_is_an_ordinary_request(router: Harness) -> None:
+    """Java's HTTP client offers h2c with every request."""
+    await _ready(router)
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAEAAEAA"}
+    client = await router.client()
+    client.send(post(headers=offer) + post())
+    assert [(await client.answer()).status for _ in range(2)] == [200, 200]
+    received = router.engines[0].requests[0]
+    assert not {"upgrade", "http2-settings", "connection"} & set(received.headers)
+    request = post(headers=offer)
+    client.send(request[:-5])
+    await asyncio.sleep(0.01)
+    client.send(request[-5:])
+    assert (await client.answer()).status == 200
+
+
+async def test_absolute_targets(router: Harness) -> None:
+    await _ready(router)
+    data = post().replace(b"POST /v1", b"POST http://router/v1")
+    assert (await router.ask(data)).status == 200
+    assert router.engines[0].requests[0].line.startswith("POST /v1/chat/completions ")
+
+
+async def test_limits(router: Harness) -> None:
+    async with harness(max_body_bytes=1000, max_header_bytes=2000) as small:
+        await _ready(small)
+        answer = await small.ask(post(body=b"x" * 1001))
+        assert answer.status == 413
+        assert answer.error["code"] == "body_too_large"
+        assert (await small.ask(_chunked(b"x" * 600, b"x" * 600))).status == 413
+        assert (await small.ask(post(headers={"x-a": "b" * 3000}))).status == 431
+        client = await small.client()
+        for _ in range(20):
+            client.send(b"x" * 1000 if _ else HOST + b"x-a: ")
+            await asyncio.sleep(0)
+        assert (await client.answer()).status == 431
+        answer = await small.ask(_chunked(BODY, trailers=b"".join(b"x-%d: y\r\n" % n for n in range(200))))
+        assert answer.status == 431
+
+
+async def test_slow_clients_are_let_go() -> None:
+    async with harness(header_timeout=0.2, body_timeout=0.2, keepalive_timeout=0.2) as router:
+        await _ready(router)
+        silent, head, body, idle = [await router.client() for _ in range(4)]
+        head.send(HOST)
+        body.send(HOST + b"content-length: 13\r\n\r\n")
+        idle.send(post())
+        assert (await idle.answer()).status == 200
+        assert (await head.answer()).status == 408
+        assert (await body.answer()).status == 408
+        assert await silent.closed()
+        assert await idle.closed()
+        await until(lambda: len(router.worker.clients) <= 2)
+
+
+async def test_cors_only_where_configured(router: Harness) -> None:
+    await _ready(router)
+    assert "access-control-allow-origin" not in (await router.ask(post(headers={"origin": "http://a"}))).headers
+    preflight = (
+        b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: http://a\r\n"
+        b"access-control-request-method: POST\r\naccess-control-request-headers: authorization\r\n\r\n"
+    )
+    async with harness(cors_origins="http://a, http://b") as browser:
+        await _ready(browser)
+        answer = await browser.ask(preflight)
+        assert answer.status == 204
+        assert answer.headers["access-control-allow-origin"] == "http://a"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert answer.headers["access-control-allow-headers"] == "authorization"
+        answer = await browser.ask(post(headers={"origin": "http://b"}))
+        assert answer.headers["access-control-allow-origin"] == "http://b"
+        assert answer.headers["vary"] == "origin"
+        answer = await browser.ask(post(headers={"origin": "http://evil"}))
+        assert "access-control-allow-origin" not in answer.headers
+        answer = await browser.ask(post(model="nope", headers={"origin": "http://b"}))
+        assert answer.headers["access-control-allow-origin"] == "http://b"
