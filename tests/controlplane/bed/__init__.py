@@ -4,6 +4,7 @@ from tests.controlplane.bed.audit import AuditEvent, AuditLog, Permission, permi
 from tests.controlplane.bed.build import BuildError, ensure
 from tests.controlplane.bed.cluster import Cluster, CommandError
 from tests.controlplane.bed.control_plane import ControlPlane
+from tests.controlplane.bed.faults import Fault, FaultProxy
 from tests.controlplane.bed.nodes import DEFAULT_FLEET, GPU, GPU_TOLERATION, NodeGroup
 from tests.controlplane.bed.process import Component, ComponentError, wait_until
 
@@ -19,6 +20,8 @@ __all__ = [
     "Component",
     "ComponentError",
     "ControlPlane",
+    "Fault",
+    "FaultProxy",
     "NodeGroup",
     "Permission",
     "ensure",

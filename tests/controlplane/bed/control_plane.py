@@ -120,6 +120,11 @@ class ControlPlane(Cluster):
             )
         return self._kubeconfigs[key]
 
+    def serving_certificate(self, *names: str) -> tuple[Path, Path]:
+        """Certificate and key files of a server that the cluster's clients trust, such as a webhook."""
+        pair = self._authority.serving(names)
+        return pair.write(self.layout.pki, f"serving-{secrets.token_hex(4)}")
+
     def add_nodes(self, *groups: NodeGroup, first: int = 0, wait: bool = True) -> list[str]:
         """Add machines, as a node autoscaler would, and return their names."""
         nodes = [node for group in groups for node in group.nodes(first)]
