@@ -5,7 +5,8 @@ PYTEST := $(PY) -m pytest
 BENCHES := router operator lifecycle fleet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock bench clean
+.PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
+.PHONY: bench bench-venv bench-router soak-router
 
 help: ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -37,3 +38,15 @@ lock: venv ## Resolve requirements/*.txt anew from pyproject.toml.
 
 generate: venv ## Write the generated files: CRDs.
 	@$(PY) scripts/generate.py
+
+bench-venv:
+	@scripts/bootstrap.sh bench
+
+bench: $(addprefix bench-,$(BENCHES)) ## All benchmarks; figures in build/bench/NAME.json.
+
+bench-router: bench-venv ## The router against vllm-router, sglang-router, HAProxy, LiteLLM (ARGS="--quick --rows ...").
+	$(PY) -m tests.benchmarks.router $(ARGS)
+
+DURATION ?= 600
+soak-router: bench-venv ## The router under load and faults: every request accounted for (DURATION=600 seconds).
+	$(PY) -m tests.benchmarks.router.soak --duration $(DURATION) $(ARGS)

@@ -11,6 +11,8 @@ compile() { # output, arguments...
   echo "$out: $(grep -c '==' "$out") packages"
 }
 compile requirements/dev.txt --extra local --group dev
+# The development environment with what the benchmarks' reports need.
+compile requirements/bench.txt --extra local --group dev --group bench --constraint requirements/dev.txt
 # The images install subsets; the versions are those of dev.txt.
 for extra in operator router serving; do
   compile "requirements/$extra.txt" --extra "$extra" --constraint requirements/dev.txt
