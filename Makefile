@@ -50,3 +50,9 @@ bench-router: bench-venv ## The router against vllm-router, sglang-router, HAPro
 DURATION ?= 600
 soak-router: bench-venv ## The router under load and faults: every request accounted for (DURATION=600 seconds).
 	$(PY) -m tests.benchmarks.router.soak --duration $(DURATION) $(ARGS)
+
+test-ray: venv ## Replicas and registry on a real local Ray.
+	$(PYTEST) tests/ray
+
+test-e2e: venv ## The whole path: simulated engines, then real vLLM.
+	$(PYTEST) tests/e2e
