@@ -13,6 +13,8 @@ from modelfleet_serving.engines.base import Launch, SettingsProblem
 
 _NAME: Final = re.compile(r"[A-Za-z0-9]+([_.-][A-Za-z0-9]+)*\Z")
 _NUMBER: Final = re.compile(r"-?\d+(\.\d+)?\Z")
+_SECRET: Final = re.compile(r"key|token\Z|secret|password|credential", re.IGNORECASE)
+_HIDDEN: Final = "***"
 _PORTS: Final = range(1, 65536)
 
 
@@ -101,7 +103,8 @@ def args_problems(
             yield SettingsProblem(where, value, f"is the same option as engine.args.{seen[positive]}")
         seen[positive] = name
         if owner := _owner(key, reserved):
-            yield SettingsProblem(where, value, owner)
+            # What stands in the wrong place may be a secret, and problems go to status and logs.
+            yield SettingsProblem(where, _HIDDEN if _SECRET.search(key) else value, owner)
         elif value is False and _lacks_negation(positive, negatable, flags):
             yield SettingsProblem(where, value, "the engine has no --no- form of it; leave the option out")
         else:
@@ -153,7 +156,7 @@ def settings_problems(args: ApplicationArgs, launch: Launch, engine: str) -> Ite
         yield SettingsProblem("engine.type", settings.type, f"this is the adapter of {engine}")
     if launch.port not in _PORTS:
         yield SettingsProblem("port", launch.port, "1..65535")
-    if not launch.model:
+    if not launch.model or launch.model.startswith("-"):
         yield SettingsProblem("source", launch.model, "a directory or a model id")
     yield from _number_problems(settings)
     yield from _lora_problems(args, launch)
@@ -222,6 +225,6 @@ def env_problems(env: Mapping[str, str], owned: Mapping[str, str]) -> Iterator[S
     """A problem for each variable of ``env`` that something else sets."""
     for name, value in env.items():
         if name in owned:
-            yield SettingsProblem(f"engine.env.{name}", value, f"is set by {owned[name]}")
+            yield SettingsProblem(f"engine.env.{name}", _HIDDEN, f"is set by {owned[name]}")
         elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
-            yield SettingsProblem(f"engine.env.{name}", value, "a name of letters, digits and underscores")
+            yield SettingsProblem(f"engine.env.{name}", _HIDDEN, "a name of letters, digits and underscores")

@@ -32,6 +32,30 @@ from modelfleet_serving.engines.options import (
 )
 
 DTYPES: Final = frozenset({"auto", "bfloat16", "float", "float16", "float32", "half"})
+KV_CACHE_DTYPES: Final = frozenset(
+    {
+        "auto",
+        "bfloat16",
+        "float16",
+        "fp8",
+        "fp8_ds_mla",
+        "fp8_e4m3",
+        "fp8_e5m2",
+        "fp8_inc",
+        "fp8_per_token_head",
+        "int4_per_token_head",
+        "int8_per_token_head",
+        "nvfp4",
+        "nvfp4_4over6",
+        "nvfp4_ds_mla",
+        "turboquant_3bit_nc",
+        "turboquant_4bit_nc",
+        "turboquant_k3v4_nc",
+        "turboquant_k8v4",
+        "ultraquant_4bit",
+    }
+)
+"""Those that 0.32 and 0.33 share."""
 LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FLAGS: Final = frozenset(
     {
@@ -80,7 +104,6 @@ RESERVED: Final = {
     "max-num-batched-tokens": "engine.maxNumBatchedTokens",
     "max-num-seqs": "engine.maxNumSeqs",
     "model": "the source of the model",
-    "model-tag": "the source of the model",
     "nnodes": _PLATFORM,
     "node-rank": _PLATFORM,
     "pipeline-parallel-size": "engine.pipelineParallelSize",
@@ -171,6 +194,7 @@ class VLLM(EngineAdapter):
             *args_problems(settings.args, RESERVED, flags=FLAGS),
             *env_problems(settings.env, OWNED_ENV),
             *one_of("engine.dtype", settings.dtype, DTYPES),
+            *one_of("engine.kvCacheDtype", settings.kv_cache_dtype, KV_CACHE_DTYPES),
         ]
         lora = _lora(args, launch)
         if lora is not None and lora.max_rank not in LORA_RANKS:

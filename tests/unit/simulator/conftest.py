@@ -1,0 +1,71 @@
+"""Simulators for the tests: in the test's own loop, or as a process of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+from openai import AsyncOpenAI
+
+from modelfleet_serving.simulator.cli import parse
+from modelfleet_serving.simulator.server import Simulator
+
+TIMEOUT = 20.0
+
+Start = Callable[..., Awaitable[Simulator]]
+
+
+def url(simulator: Simulator) -> str:
+    return f"http://127.0.0.1:{simulator.port}"
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Starts simulators in this loop; they end with the test."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def begin(*options: str) -> Simulator:
+        simulator = Simulator(parse(["--model", "m", "--port", "0", *options]))
+        ready = asyncio.Event()
+        tasks.append(asyncio.create_task(simulator.serve(ready=ready.set)))
+        await asyncio.wait_for(ready.wait(), TIMEOUT)
+        return simulator
+
+    yield begin
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture
+async def client(start: Start) -> AsyncIterator[tuple[Simulator, AsyncOpenAI]]:
+    """A simulator with defaults, and an OpenAI client for it."""
+    simulator = await start("--lora-modules", "adapter=/adapters/a")
+    async with openai_client(simulator) as result:
+        yield simulator, result
+
+
+def openai_client(simulator: Simulator) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=url(simulator) + "/v1", api_key="none", max_retries=0, timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A simulator process and its URL; killed at the end if it still runs."""
+    command = [sys.executable, "-m", "modelfleet_serving.simulator", "--model", "m", "--port", "0", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stderr is not None
+            for line in child.stderr:
+                if found := re.search(r"listening on (\S+)", line):
+                    yield child, found[1]
+                    return
+            raise AssertionError("it ended before it listened")
+        finally:
+            child.kill()
