@@ -1,0 +1,1 @@
+"""Keeps one engine process: guard process, state machine, probes, heartbeats."""
