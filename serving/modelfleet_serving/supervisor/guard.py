@@ -214,7 +214,6 @@ class Guard:
 
     def report(self) -> None:
         """Tell the owner how the command ended."""
-        code = self._exit_code()
         assert self._status is not None  # noqa: S101  run() comes first
         if os.WIFSIGNALED(self._status):
             self._tell({"signal": os.WTERMSIG(self._status)})
@@ -257,13 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log = RotatingLog(options.log, options.log_bytes) if options.log else None
         guard = Guard(options.command, log, options.grace)
         code = guard.run()
-        if options.remove:
-            _remove(options.remove)
-        guard.report()
-        return code
     except OSError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
+    if options.remove:
+        _remove(options.remove)
+    guard.report()
+    return code
 
 
 if __name__ == "__main__":
