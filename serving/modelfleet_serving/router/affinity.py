@@ -2,46 +2,53 @@
 
 Interface::
 
-    affinity = PrefixAffinity(counters.total, random.Random(), table=PrefixTable(shared_memory))
+    load = LoadView(counters.total, pending.total)
+    affinity = PrefixAffinity(load, random.Random(), PrefixTable(shared_memory))
     # a request: the raw JSON of its message list, of its tools and system prompt
     seed = seed_of(model, variant, adapter, salt)           # kept for each of them, not made anew
     prompt = fingerprint(peek.messages, seed, before=(peek.tools, peek.system))
     if prompt is not None:
-        endpoint = affinity.choose(group, prompt)   # None when all are full
-        affinity.record(prompt, endpoint)           # at dispatch: a burst of one prefix stays together
+        endpoint = affinity.choose(group, prompt)           # None when all are full
+        affinity.record(prompt, endpoint)                   # at dispatch: a burst stays together
+        pending_cells[endpoint.cell] += prompt_kib(prompt.size - prompt.held)   # until the first byte
 
-**The choice.** Requests in flight are the load. A replica that holds the share ``f`` of a prompt may be
-loaded up to ``f * margin`` above the least loaded one, where ``margin = max(absolute, relative * least)``;
-below 4 KB of held prompt that shrinks further, as there is little to save. Of those the one with the
-greatest ``f * margin - (load - least)`` gets the request. So a conversation stays where it is, a popular
-system prompt gets a second holder when its first one is busy (and keeps the first), and a prompt that
-nobody holds goes to the least loaded replica, exactly as without affinity: traffic without shared prefixes
-loses nothing.
+(:class:`modelfleet_serving.router.choice.Selector` does the choosing and recording.)
 
-**Several workers.** The table may lie in memory that all workers of a router share. Routers on different
-hosts agree without sharing anything: a prompt that is new goes to the least loaded replica that its first
-blocks rank highest (rendezvous hashing), so equally loaded replicas are not chosen at random.
+**The choice** weighs held prompt against load. A replica that holds the share ``f`` of the prompt may be
+loaded up to ``f * margin`` above the least loaded one, with ``margin`` the largest of an absolute number of
+requests, a share of the least load, and what the held bytes would cost to read; below 4 KB of held prompt it
+shrinks further, as there is little to save. Of several the greatest ``f * margin - (load - least)`` wins. So
+a conversation stays where it is, a popular system prompt gets a second holder when its first is busy and
+keeps the first, and a prompt that nobody holds goes to the least loaded replica, as without affinity.
 
-**Cost.** 2 KB: about 5 µs; 32 KB: 15 µs; 220 KB: 40 µs, hashing included.
+**Several workers** of one host share the table through shared memory, and decide as one. **Several hosts**
+share nothing; they agree because each prompt has a home: the replica that a consistent hash of the first
+block that is new names. A home may be loaded by ``home * (1 - f)`` above the least. For one host 2 is
+right, which only breaks ties alike; several hosts want 16, at some cost for traffic that shares nothing.
+
+**Cost** with eight replicas, hashing and recording included: 2 KB about 10 µs, 32 KB 20 µs, 220 KB 50 µs.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 from modelfleet_serving.router.policy.fingerprint import BLOCK, Fingerprint, fingerprint, seed_of
 from modelfleet_serving.router.policy.group import Group, R, replica_code
+from modelfleet_serving.router.policy.load import READING_KIB, LoadView, prompt_kib
 from modelfleet_serving.router.policy.prefix_table import DEFAULT_BYTES, PrefixTable
 
 __all__ = [
     "BLOCK",
     "DEFAULT_BYTES",
     "Fingerprint",
+    "LoadView",
     "PrefixAffinity",
     "PrefixTable",
     "fingerprint",
+    "prompt_kib",
     "seed_of",
 ]
 
@@ -50,50 +57,51 @@ _WORTHWHILE: Final = 4096
 _ALL: Final = 16
 """Replicas up to which every one's load is looked at; of more, the holders and a sample."""
 _ROUNDS: Final = 3
-_STEP: Final = 0x9E37_79B9
+_READING: Final = 1.0 / (READING_KIB * 1024)
 
 
 class PrefixAffinity:
     """Chooses among replicas by held prefix and load.
 
     Args:
-        total: Requests in flight of a counter row.
+        load: How busy replicas are.
         rng: Samples from groups of more than 16 replicas.
         table: Shared by all models of the process, or by all processes of a host.
         absolute: Requests by which a holder of the whole prompt may exceed the least loaded replica.
         relative: The same as a share of the least load, for high loads.
+        home: Requests by which the home of a new prompt may exceed the least loaded replica.
     """
 
     def __init__(
         self,
-        total: Callable[[int], int],
+        load: LoadView,
         rng: random.Random,
         table: PrefixTable | None = None,
         *,
-        absolute: float = 8.0,
-        relative: float = 0.25,
+        absolute: float = 32.0,
+        relative: float = 0.5,
+        home: float = 2.0,
     ) -> None:
-        self._total = total
+        self._load = load
         self._random = rng.random
         self.table = table or PrefixTable()
         self._absolute = absolute
         self._relative = relative
+        self._home = home
 
     def choose(self, group: Group[R], prompt: Fingerprint) -> R | None:
         """The replica for a prompt, ``None`` when none has room."""
-        members = group.members
-        loads = self._loads(group, prompt)
+        count = len(group.members)
+        measure = self._load.measure
+        loads = measure(group, range(count) if count <= _ALL else self._sample(group, prompt))
+        if not loads and count > _ALL:
+            loads = measure(group, range(count))
         if not loads:
+            prompt.held = 0
             return None
-        low = min(loads.values())
-        best = self._best_holder(group, prompt, loads, low)
-        if best >= 0:
-            return members[best]
-        least = [index for index, load in loads.items() if load == low]
-        if len(least) == 1:
-            return members[least[0]]
-        key = prompt.key
-        return members[max(least, key=lambda index: group.rank(key, index))]
+        best, held = self._weigh(group, prompt, loads)
+        prompt.held = held
+        return group.members[best]
 
     def record(self, prompt: Fingerprint, replica: R) -> None:
         """The replica gets the prompt: from now on it holds it."""
@@ -106,60 +114,57 @@ class PrefixAffinity:
                 table.add(hashes[0], code)
                 return
 
-    def _loads(self, group: Group[R], prompt: Fingerprint) -> dict[int, float]:
-        """Load of the members that have room, by index."""
-        members = group.members
-        total = self._total
-        scale = group.scale
-        count = len(members)
-        loads: dict[int, float] = {}
-        for index in range(count) if count <= _ALL else self._sample(group, prompt):
-            member = members[index]
-            load = total(member.row)
-            if load < member.limit:
-                loads[index] = load if scale is None else (load + 1) * scale[index]
-        if not loads and count > _ALL:
-            for index, member in enumerate(members):
-                load = total(member.row)
-                if load < member.limit:
-                    loads[index] = load if scale is None else (load + 1) * scale[index]
-        return loads
-
     def _sample(self, group: Group[R], prompt: Fingerprint) -> set[int]:
-        """Some members: half of them the same in every process, half of them random, and the holders."""
+        """Some members: a few random ones, a few that are the same in every process, and holders."""
         count = len(group.members)
-        key = prompt.key
-        sample = {(key + step * _STEP) % count for step in range(_ALL // 4)}
-        sample.update(int(self._random() * count) for _ in range(_ALL // 4))
         hashes = prompt.hashes
-        for block in (len(hashes) - 1, len(hashes) // 2, 0):
+        sample = {int(self._random() * count) for _ in range(_ALL // 4)}
+        first_new = len(hashes) - 1
+        for block in {first_new, len(hashes) // 2, 0}:
             for code in self.table.holders(hashes[block]):
-                index = group.by_code.get(code)
-                if index is not None:
-                    sample.add(index)
+                if code in group.by_code:
+                    sample.add(group.by_code[code])
+        sample.update(islice(group.walk(hashes[0]), _ALL // 4))
         return sample
 
-    def _best_holder(self, group: Group[R], prompt: Fingerprint, loads: dict[int, float], low: float) -> int:
-        """Index of the holder that is worth its load, or -1."""
-        margin = max(self._absolute, self._relative * low)
+    def _weigh(self, group: Group[R], prompt: Fingerprint, loads: dict[int, float]) -> tuple[int, int]:
+        """Index of the replica that gains most over the least loaded one, and the bytes it holds."""
         by_code = group.by_code
         hashes = prompt.hashes
-        best, best_gain = -1, -1.0
+        size = prompt.size
+        low = min(loads.values())
+        margin = max(self._absolute, self._relative * low)
         seen: set[int] = set()
-        stop = len(hashes)
+        deepest = self.table.deepest
+        stop, codes = deepest(hashes, len(hashes), by_code, seen)
+        home, bonus = self._home_of(group, prompt, stop)
+        best, best_gain, best_held = -1, -1.0, 0
+        if home in loads and (gain := bonus - (loads[home] - low)) >= 0:
+            best, best_gain = home, gain
         for _ in range(_ROUNDS):
-            stop, codes = self.table.deepest(hashes, stop, by_code, seen)
             if stop < 0:
                 break
             held = prompt.end(stop)
-            gain = margin * held / prompt.size * min(1.0, held / _WORTHWHILE)
-            if gain <= best_gain:
+            worth = max(margin, held * _READING) * held / size * min(1.0, held / _WORTHWHILE)
+            if worth + bonus <= best_gain:
                 break
             for code in codes:
-                load = loads.get(by_code[code])
-                if load is not None and (value := gain - (load - low)) >= 0 and value > best_gain:
-                    best, best_gain = by_code[code], value
+                index = by_code[code]
+                if index in loads:
+                    gain = worth - (loads[index] - low) + (bonus if index == home else 0.0)
+                    if gain >= 0 and gain > best_gain:
+                        best, best_gain, best_held = index, gain, held
             # Others may hold nearly as much and be less busy.
             seen.update(codes)
-            stop += 1
-        return best
+            stop, codes = deepest(hashes, stop + 1, by_code, seen)
+        if best < 0:
+            order = group.walk(hashes[0])
+            best = next(index for index in order if loads.get(index) == low)
+        return best, best_held
+
+    def _home_of(self, group: Group[R], prompt: Fingerprint, known: int) -> tuple[int, float]:
+        """Where a prompt with a new part belongs, and by how much its load may exceed the least."""
+        if known + 1 == len(prompt.hashes):
+            return -1, 0.0
+        share = prompt.end(known) / prompt.size if known >= 0 else 0.0
+        return next(group.walk(prompt.hashes[known + 1])), self._home * (1 - share)

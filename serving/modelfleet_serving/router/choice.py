@@ -7,13 +7,15 @@ Interface::
     plan = VariantPlan(variants_by_name, weights, fallback, start=rng.random())
     # when an endpoint's state, health or capacity changes: pool.refresh()
 
-    selector = Selector(counters.total, random.Random(), affinity)
+    load = LoadView(counters.total, pending.total)    # two shared counters a row: see LoadView
+    selector = Selector(load, random.Random(), PrefixAffinity(load, random.Random(), table))
     session = session_key(header) if header else None
     order = plan.order(pin, session)              # once a request: chosen variant first, then fallbacks
     for variant in order:                         # again on each retry and each release from the queue
         endpoint = selector.pick(variant.pool, prompt=prompt, session=session, exclude=tried)
         if endpoint is not None:
             cells[endpoint.cell] += 1             # count before dispatch
+            # and count prompt_kib(bytes to read) as pending until the first byte of the answer
             break
 
 **Variant.** A pin takes that variant alone. Otherwise the weights decide, exactly over time. When the chosen
@@ -22,22 +24,22 @@ variant has no replica with room, whether for its state or its load, the fallbac
 **Revision.** While a rollout has revision weights, the request draws its revision; when none of that
 revision has room, the others that have a weight take it. Revisions without a weight get nothing.
 
-**Replica.** Of up to eight the least loaded one, of more the better of two random ones; load counts shared
-by all workers, so nobody herds. Replicas of different capacity compare by share of it. With affinity see
-:mod:`modelfleet_serving.router.affinity`; a session goes to the replica that ranks highest for it and has
-not more than the margin above the least load. Where replicas say which adapters they have loaded, only
-those that have a request's adapter count.
+**Replica.** Of up to eight the least loaded one, of more the better of two random ones. Load is what runs
+and what waits to be read, counted by all workers together, so nobody herds. Replicas of different capacity
+compare by share of it. For prompts with affinity see :mod:`modelfleet_serving.router.affinity`. A session
+goes to the first replica in its order on a hash ring that is within the margin above the least load. Where
+replicas say which adapters they have loaded, only those that have a request's adapter count.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
-from modelfleet_serving.router.affinity import Fingerprint, PrefixAffinity
+from modelfleet_serving.router.affinity import Fingerprint, LoadView, PrefixAffinity
 from modelfleet_serving.router.policy.group import UNLIMITED, Group, R, Replica
 from modelfleet_serving.router.policy.split import Split
 
@@ -157,25 +159,25 @@ class Selector:
     """Picks replicas.
 
     Args:
-        total: Requests in flight of a counter row.
+        load: How busy replicas are.
         rng: Seeded in tests.
         affinity: Needed for requests with a fingerprint.
-        absolute: Requests by which a session's replica may exceed the least loaded one.
+        absolute: Load, in requests, by which a session's replica may exceed the least loaded one.
         relative: The same as a share of the least load.
     """
 
     def __init__(
         self,
-        total: Callable[[int], int],
+        load: LoadView,
         rng: random.Random,
         affinity: PrefixAffinity | None = None,
         *,
-        absolute: float = 8.0,
-        relative: float = 0.25,
+        absolute: float = 32.0,
+        relative: float = 0.5,
     ) -> None:
-        self._total = total
+        self._load = load
         self._random = rng.random
-        self._affinity = affinity or PrefixAffinity(total, rng)
+        self._affinity = affinity or PrefixAffinity(load, rng)
         self._absolute = absolute
         self._relative = relative
 
@@ -228,47 +230,23 @@ class Selector:
         """The least loaded of few, the better of two random ones of many; any with room if those are full."""
         members = group.members
         count = len(members)
+        loads: dict[int, float] = {}
         if count > _SCAN:
             one = int(self._random() * count)
             other = int(self._random() * (count - 1))
-            found = self._least_of(group, (one, other + (other >= one)))
-            if found is not None:
-                return found
-        start = int(self._random() * count)
-        return self._least_of(group, range(start - count, start))
-
-    def _least_of(self, group: Group[R], indices: Sequence[int]) -> R | None:
-        members = group.members
-        total = self._total
-        scale = group.scale
-        best: R | None = None
-        lowest = 0.0
-        for index in indices:
-            member = members[index]
-            load: float = total(member.row)
-            if load >= member.limit:
-                continue
-            if scale is not None:
-                load = (load + 1) * scale[index]
-            if best is None or load < lowest:
-                best, lowest = member, load
-        return best
+            loads = self._load.measure(group, (one, other + (other >= one)))
+        if not loads:
+            # Begins anywhere: of equally loaded ones the first is taken.
+            start = int(self._random() * count)
+            loads = self._load.measure(group, range(start - count, start))
+        return members[min(loads, key=loads.__getitem__)] if loads else None
 
     def _for_session(self, group: Group[R], session: int) -> R | None:
-        total = self._total
-        scale = group.scale
-        loads: dict[int, float] = {}
-        for index, member in enumerate(group.members):
-            load: float = total(member.row)
-            if load < member.limit:
-                loads[index] = load if scale is None else (load + 1) * scale[index]
+        loads = self._load.measure(group, range(len(group.members)))
         if not loads:
             return None
         low = min(loads.values())
         bound = low + max(self._absolute, self._relative * low)
-        return group.members[
-            max(
-                (index for index, load in loads.items() if load <= bound),
-                key=lambda index: group.rank(session, index),
-            )
-        ]
+        return next(
+            group.members[index] for index in group.walk(session) if loads.get(index, bound + 1) <= bound
+        )

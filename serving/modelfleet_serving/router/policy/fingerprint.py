@@ -43,13 +43,15 @@ class Fingerprint:
     Attributes:
         hashes: one a block, each of everything up to the end of its block.
         size: bytes of the prompt.
+        held: bytes of it that the chosen replica holds; set by the choice.
     """
 
-    __slots__ = ("_base", "_skip", "hashes", "size")
+    __slots__ = ("_base", "_skip", "hashes", "held", "size")
 
     def __init__(self, hashes: list[int], size: int, base: int, skip: int) -> None:
         self.hashes = hashes
         self.size = size
+        self.held = 0
         self._base = base
         self._skip = skip
 
@@ -57,12 +59,6 @@ class Fingerprint:
         """Bytes of the prompt up to the end of a block."""
         block -= self._skip
         return self._base + (ENDS[block] if block >= 0 else 0)
-
-    @property
-    def key(self) -> int:
-        """What a prompt that nobody has seen is placed by: its first blocks."""
-        hashes = self.hashes
-        return hashes[_PER_SIZE - 1] if len(hashes) >= _PER_SIZE else hashes[-1]
 
 
 def seed_of(*parts: str) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Final, Generic, Protocol, TypeVar
 
 from xxhash import xxh3_64_intdigest
+
+_POINTS: Final = 32
+_INDEX: Final = 0xFFFF
+_POINT: Final = 0xFFFF_FFFF_FFFF_0000
 
 UNLIMITED: Final = 1 << 30
 """``limit`` of a replica whose capacity isn't known."""
@@ -65,7 +70,7 @@ class Group(Generic[R]):
 
     @cached_property
     def names(self) -> list[bytes]:
-        """Ids as bytes, to rank members for a key."""
+        """Ids as bytes."""
         return [replica.id.encode() for replica in self.members]
 
     @cached_property
@@ -78,9 +83,28 @@ class Group(Generic[R]):
         """Index of a member by its code."""
         return {code: index for index, code in enumerate(self.codes)}
 
-    def rank(self, key: int, index: int) -> int:
-        """Rendezvous score (highest random weight) of a member for a key: the same in every process."""
-        return xxh3_64_intdigest(self.names[index], key)
+    @cached_property
+    def _ring(self) -> list[int]:
+        """Points of a consistent hash ring, each with its member's index in the low bits."""
+        return sorted(
+            xxh3_64_intdigest(name, point) & _POINT | index
+            for index, name in enumerate(self.names)
+            for point in range(_POINTS)
+        )
+
+    def walk(self, key: int) -> Iterator[int]:
+        """Indices of all members in the order in which they are to take a key.
+
+        The same in every process, and when a member comes or goes only the keys that it takes or had move.
+        """
+        ring = self._ring
+        first = bisect_right(ring, key & _POINT)
+        seen: set[int] = set()
+        for position in range(first - len(ring), first):
+            index = ring[position] & _INDEX
+            if index not in seen:
+                seen.add(index)
+                yield index
 
 
 def replica_code(name: bytes) -> int:

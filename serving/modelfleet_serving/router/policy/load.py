@@ -1,0 +1,53 @@
+"""How busy a replica is: what it runs, and what it has still to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from modelfleet_serving.router.policy.group import Group, R
+
+READING_KIB: Final = 2
+"""KiB of prompt waiting for prefill that count as one running request."""
+
+
+def prompt_kib(size: int) -> int:
+    """Bytes of prompt as the counter of pending prompts takes them."""
+    return (size + 1023) >> 10
+
+
+class LoadView:
+    """Loads of replicas, in running requests.
+
+    The number of requests in flight alone misjudges engines: one 32 KB prompt that waits for its prefill
+    delays the next first token more than twenty requests that are generating. So prompts that have not been
+    answered with a first byte count too.
+
+    Args:
+        total: Requests in flight of a counter row.
+        pending: KiB of prompts (less what the replica's cache held) without a first byte, of a counter row.
+            ``None`` where nobody counts them: then the number of requests decides alone.
+    """
+
+    __slots__ = ("_pending", "_total")
+
+    def __init__(self, total: Callable[[int], int], pending: Callable[[int], int] | None = None) -> None:
+        self._total = total
+        self._pending = pending
+
+    def measure(self, group: Group[R], indices: Iterable[int]) -> dict[int, float]:
+        """Load by index of those members that have room for a request."""
+        members = group.members
+        total = self._total
+        pending = self._pending
+        scale = group.scale
+        loads: dict[int, float] = {}
+        for index in indices:
+            member = members[index]
+            row = member.row
+            load: float = total(row)
+            if load < member.limit:
+                if pending is not None:
+                    load += pending(row) / READING_KIB
+                loads[index] = load if scale is None else (load + 1) * scale[index]
+        return loads
