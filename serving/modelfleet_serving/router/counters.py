@@ -1,4 +1,4 @@
-"""Counts of requests in flight, shared by the worker processes of one router.
+"""Counts of what engines have to do, shared by the worker processes of one router.
 
 Every counter is a row with one cell per worker. A worker writes only its own cell, so no lock is needed, and
 the count of a row is the sum of its cells. The cells of a worker that died are zeroed by the supervisor: a
@@ -24,14 +24,15 @@ class Counters:
 
     Attributes:
         cells: all cells, row by row; this worker's cell of ``row`` is ``row * workers + worker``.
+        reading: likewise, KiB of prompts that an engine has got and not begun to answer.
         prefixes: memory of the prefix table, which the workers share as well.
     """
 
-    __slots__ = ("_memory", "cells", "fd", "prefixes", "worker", "workers")
+    __slots__ = ("_memory", "cells", "fd", "prefixes", "reading", "worker", "workers")
 
     def __init__(self, workers: int = 1, worker: int = 0, fd: int | None = None, rows: int = ROWS) -> None:
         """Maps the memory behind ``fd``, or makes it when there is none."""
-        size = rows * workers * _CELL + DEFAULT_BYTES
+        size = 2 * rows * workers * _CELL + DEFAULT_BYTES
         if fd is None:
             fd = _anonymous_file()
             os.ftruncate(fd, size)
@@ -41,7 +42,9 @@ class Counters:
         self._memory = mmap.mmap(fd, size)
         whole = memoryview(self._memory)
         self.prefixes = whole[:DEFAULT_BYTES]
-        self.cells = whole[DEFAULT_BYTES:].cast("i")
+        middle = DEFAULT_BYTES + rows * workers * _CELL
+        self.cells = whole[DEFAULT_BYTES:middle].cast("i")
+        self.reading = whole[middle:].cast("i")
 
     def cell(self, row: int) -> int:
         """Index of this worker's cell of a row."""
@@ -54,16 +57,24 @@ class Counters:
         start = row * self.workers
         return sum(self.cells[start : start + self.workers])
 
+    def total_reading(self, row: int) -> int:
+        """KiB of unanswered prompts over all workers."""
+        if self.workers == 1:
+            return self.reading[row]
+        start = row * self.workers
+        return sum(self.reading[start : start + self.workers])
+
     def clear_worker(self, worker: int) -> None:
         """Forgets what a worker that is gone had counted."""
-        cells = self.cells
-        for index in range(worker, len(cells), self.workers):
-            if cells[index]:
-                cells[index] = 0
+        for cells in (self.cells, self.reading):
+            for index in range(worker, len(cells), self.workers):
+                if cells[index]:
+                    cells[index] = 0
 
     def close(self) -> None:
         """Unmaps the memory, unless something still looks at it; then the process's end does."""
         self.cells.release()
+        self.reading.release()
         with contextlib.suppress(BufferError):
             self._memory.close()
         os.close(self.fd)

@@ -7,7 +7,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.contract import Affinity, EndpointState
-from modelfleet_serving.router.affinity import Fingerprint, PrefixAffinity, PrefixTable, fingerprint
+from modelfleet_serving.router.affinity import (
+    Fingerprint,
+    LoadView,
+    PrefixAffinity,
+    PrefixTable,
+    fingerprint,
+    prompt_kib,
+)
 from modelfleet_serving.router.choice import Selector, session_key
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.table import EndpointRef, ModelRef, VariantRef
@@ -28,7 +35,9 @@ class Dispatcher:
         counters = worker.counters
         self._cells = counters.cells
         rng = random.Random()  # noqa: S311 - spreads load
-        self._selector = Selector(counters.total, rng, PrefixAffinity(counters.total, rng, prefixes))
+        load = LoadView(counters.total, counters.total_reading)
+        self._reading = counters.reading
+        self._selector = Selector(load, rng, PrefixAffinity(load, rng, prefixes))
         self._held: dict[str, deque[Exchange]] = {}
 
     def dispatch(self, exchange: Exchange) -> None:
@@ -61,10 +70,22 @@ class Dispatcher:
     def assign(self, exchange: Exchange, endpoint: EndpointRef) -> None:
         """Counts a request on its engine before it is sent there: the next choice sees it."""
         self._cells[endpoint.cell] += 1
+        prompt = exchange.prompt
+        kib = prompt_kib(prompt.size - prompt.held if prompt is not None else len(exchange.request.body))
+        if kib:
+            exchange.reading = kib
+            self._reading[endpoint.cell] += kib
         exchange.run_on(endpoint)
 
-    def released(self, endpoint: EndpointRef) -> None:
+    def begun(self, exchange: Exchange, endpoint: EndpointRef) -> None:
+        """The engine has read the prompt."""
+        if exchange.reading:
+            self._reading[endpoint.cell] -= exchange.reading
+            exchange.reading = 0
+
+    def released(self, exchange: Exchange, endpoint: EndpointRef) -> None:
         """A request has left an engine: another one may take its place."""
+        self.begun(exchange, endpoint)
         self._cells[endpoint.cell] -= 1
         if self._held:
             self._worker.loop.call_soon(self.pump, endpoint.variant.model)

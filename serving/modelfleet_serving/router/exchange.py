@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from modelfleet_serving.contract import HEADER_FALLBACK
 from modelfleet_serving.router import builtin
@@ -13,6 +13,8 @@ from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.relay import ChunkedRelay, EventRelay, PlainRelay, SizedRelay, frame
 from modelfleet_serving.router.response import ResponseHead
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
+from modelfleet_serving.router.usage import KEY as USAGE_KEY
+from modelfleet_serving.router.usage import read_usage
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.request import Request
@@ -28,7 +30,7 @@ class Exchange:
     """A request and its answer.
 
     Attributes:
-        target: what its model name stands for.
+        target: what its model name stands for; set once it is ``routed``.
         order: the variants that may serve it, the chosen one first.
         fallback_from: the chosen variant, where another one serves it.
         endpoint: the engine it is counted on.
@@ -43,8 +45,8 @@ class Exchange:
         "_chunk_time",
         "_fresh_retry",
         "_relay",
-        "_request_id",
         "_status",
+        "_usage",
         "attempts",
         "began",
         "client",
@@ -53,15 +55,22 @@ class Exchange:
         "events",
         "expires",
         "fallback_from",
+        "first_byte",
+        "input_tokens",
         "operation",
         "order",
+        "output_tokens",
         "peek",
         "prompt",
         "prompt_read",
+        "reading",
         "request",
+        "request_id",
+        "routed",
         "salt",
         "sent_at",
         "session",
+        "span",
         "started",
         "target",
         "tried",
@@ -70,8 +79,8 @@ class Exchange:
         "worker",
     )
 
-    target: Target
     operation: Operation
+    target: Target
 
     def __init__(self, client: ClientConnection, request: Request) -> None:
         self.client = client
@@ -83,11 +92,17 @@ class Exchange:
         self.tried: list[EndpointRef] = []
         self.attempts = 0
         self.began = self.events = self.tunnel = self.prompt_read = False
+        self.routed = False
+        self.first_byte: float | None = None
+        self.input_tokens = self.output_tokens = 0
+        self.span: Any = None
+        self._usage = b""
         self.order: tuple[VariantRef, ...] = ()
         self.peek: Peek | None = None
         self.prompt: Fingerprint | None = None
         self.session: int | None = None
         self.salt = ""
+        self.reading = 0
         self.deadline = self.expires = _NEVER
         self.started = request.received_at
         self.sent_at = 0.0
@@ -95,15 +110,15 @@ class Exchange:
         self._fresh_retry = False
         self._chunk_time = 0.0
         self._relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | None = None
-        self._request_id = request.special.get(b"x-request-id") or b""
+        self.request_id = request.special.get(b"x-request-id") or b""
 
     # --- From request to engine ---
 
     def start(self) -> None:
         """Routes the request, or answers it here."""
         request = self.request
-        if not self._request_id:
-            self._request_id = self.worker.next_request_id()
+        if not self.request_id:
+            self.request_id = self.worker.next_request_id()
         try:
             operation = OPERATIONS.get(request.path)
             if operation is None or request.method == b"OPTIONS":
@@ -113,6 +128,9 @@ class Exchange:
             if request.method != b"POST":
                 builtin.check_method(request, operation)
             self.target = self._find_target(operation)
+            self.routed = True
+            if self.worker.tracing is not None:
+                self.span = self.worker.tracing.begin(self)
             timeout = request.text("x-modelfleet-timeout")
             if timeout is not None:
                 self.expires = self.started + _parse_timeout(timeout)
@@ -196,10 +214,10 @@ class Exchange:
             request.target,
             endpoint.request_tail,
             *request.lines,
-            self.worker.forwarded_credentials(request),
+            self.worker.forwarded_headers(self),
             framing,
             b"x-request-id: ",
-            self._request_id,
+            self.request_id,
             b"\r\n\r\n",
         ]
         if len(body) <= _JOIN_LIMIT:
@@ -221,9 +239,11 @@ class Exchange:
         variant = endpoint.variant
         self._status = status
         self.began = True
+        worker.dispatcher.begun(self, endpoint)
         self.deadline = self.expires
         self._chunk_time = now
-        variant.stats.first_byte.observe(now - self.started)
+        self.first_byte = waited = now - self.started
+        variant.stats.first_byte.observe(waited)
         request = self.request
         framing = self._choose_relay(connection, head)
         fallback = f"{HEADER_FALLBACK}: {self.fallback_from}\r\n".encode() if self.fallback_from else b""
@@ -235,7 +255,7 @@ class Exchange:
                 fallback,
                 worker.cors_headers(request) if worker.cors else b"",
                 b"x-request-id: ",
-                self._request_id,
+                self.request_id,
                 b"\r\n\r\n",
             )
         )
@@ -292,12 +312,16 @@ class Exchange:
         now = self.worker.loop.time()
         self.endpoint.variant.stats.gap.observe(now - self._chunk_time)  # type: ignore[union-attr]
         self._chunk_time = now
+        if USAGE_KEY in data:
+            self._usage = data
         self.client.transport.write(data)
 
     def write_last(self, data: bytes, *, reusable: bool) -> None:
         """Passes the end of the answer on and accounts for it."""
         if data:
             self.client.transport.write(data)
+            if self._status == 200:
+                self._read_usage(data)
         connection = self.upstream
         assert connection is not None  # noqa: S101 - it feeds this very call
         self.upstream = None
@@ -307,6 +331,14 @@ class Exchange:
             connection.exchange = None
             connection.transport.abort()
         self._finish()
+
+    def _read_usage(self, last: bytes) -> None:
+        usage = read_usage(last) or (read_usage(self._usage) if self._usage else None)
+        if usage is not None:
+            self.input_tokens, self.output_tokens = usage
+            stats = self.endpoint.variant.stats  # type: ignore[union-attr]
+            stats.input_tokens += usage[0]
+            stats.output_tokens += usage[1]
 
     # --- Failures ---
 
@@ -407,7 +439,7 @@ class Exchange:
         request = self.request
         if self.worker.cors:
             headers += self.worker.cors_headers(request)
-        headers += b"x-request-id: " + self._request_id + b"\r\n"
+        headers += b"x-request-id: " + self.request_id + b"\r\n"
         keep_alive = self._client_stays()
         if request.http10 and keep_alive:
             headers += b"connection: keep-alive\r\n"
@@ -496,7 +528,7 @@ class Exchange:
         endpoint = self.endpoint
         if endpoint is not None:
             self.endpoint = None
-            self.worker.dispatcher.released(endpoint)
+            self.worker.dispatcher.released(self, endpoint)
 
     def _end(self, connection: UpstreamConnection) -> None:
         connection.exchange = None

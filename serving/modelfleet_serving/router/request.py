@@ -46,6 +46,7 @@ HEADER_CODES: Final[dict[bytes, int]] = {
     b"authorization": _TAKE,
     b"x-api-key": _TAKE,
     b"access-control-request-headers": _TAKE,
+    b"traceparent": _KEEP,
     HEADER_REQUEST_ID.encode(): _TAKE,
     HEADER_MODEL.encode(): _TAKE,
     HEADER_VARIANT.encode(): _TAKE,
@@ -159,6 +160,14 @@ class Request:
         ]
         for name in ordinary:
             self.special.pop(name, None)
+
+    def drop_line(self, name: bytes) -> None:
+        """Takes a header off those that pass through."""
+        lines = self.lines
+        for start in range(0, len(lines), 4):
+            if lines[start].lower() == name:
+                del lines[start : start + 4]
+                return
 
     def text(self, name: str) -> str | None:
         """Value of a known header as text."""

@@ -45,6 +45,7 @@ class ClientConnection(asyncio.Protocol):
         "exchange",
         "full",
         "full_since",
+        "peer",
         "transport",
         "worker",
     )
@@ -57,6 +58,7 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = _NEVER
         self.full = False
         self.full_since = 0.0
+        self.peer = ""
         self._parser = httptools.HttpRequestParser(self)
         self._request: Request | None = None
         self._pending: deque[Request | RequestError] = deque()
@@ -71,7 +73,13 @@ class ClientConnection(asyncio.Protocol):
         """Takes a new connection."""
         self.transport = transport  # type: ignore[assignment]
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
-        self.worker.clients.add(self)
+        worker = self.worker
+        if worker.access_log is not None:
+            self.peer = format_peer(transport.get_extra_info("peername"))
+        worker.clients.add(self)
+        if len(worker.clients) > worker.settings.max_connections:
+            error = RequestError(503, "too many connections", code="too_many_connections", retry_after=1.0)
+            self.respond_error(error, keep_alive=False)
         self.deadline = self.worker.loop.time() + self.worker.settings.header_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason makes no difference
@@ -366,3 +374,12 @@ class ClientConnection(asyncio.Protocol):
         self._forget_body()
         self._closing = True
         self.respond_error(RequestError(408, message, code="request_timeout"), keep_alive=False)
+
+
+def format_peer(address: object) -> str:
+    """A client's address for people."""
+    match address:
+        case (str() as host, int() as port, *_):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        case _:
+            return ""

@@ -11,6 +11,7 @@ import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final
 
+from modelfleet_serving.router.accesslog import AccessLog
 from modelfleet_serving.router.affinity import PrefixTable
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
@@ -19,6 +20,7 @@ from modelfleet_serving.router.observe import Snapshot
 from modelfleet_serving.router.server import ClientConnection
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.table import EndpointRef, Table
+from modelfleet_serving.router.tracing import Tracing
 from modelfleet_serving.router.upstream import Connector
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class Worker:
         self.dispatcher = Dispatcher(self, PrefixTable(counters.prefixes))
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
+        self.access_log = AccessLog(settings.access_log, loop) if settings.access_log else None
+        self.tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
         self.draining = False
         self._idle = asyncio.Event()
         self.cors = bool(settings.cors_origins)
@@ -136,6 +140,8 @@ class Worker:
                 if client.deadline <= now or client.full:
                     client.sweep(now)
         self.dispatcher.pump_all()
+        if self.access_log is not None and self._sweeps % 5 == 0:
+            self.access_log.flush()
         if self.draining and not self.active:
             self._idle.set()
         self._sweeps += 1
@@ -146,13 +152,17 @@ class Worker:
     def admit(self, request: Request) -> None:
         """Refuses a request before its body is read."""
 
-    def forwarded_credentials(self, request: Request) -> bytes:
-        """The client's credentials as header lines, where they are the engine's to check."""
+    def forwarded_headers(self, exchange: Exchange) -> bytes:
+        """Further lines for the engine: credentials where they are its to check, the trace's parent."""
+        special = exchange.request.special
         lines = b""
         for name in (b"authorization", b"x-api-key"):
-            value = request.special.get(name)
+            value = special.get(name)
             if value is not None:
                 lines += name + b": " + value + b"\r\n"
+        if exchange.span is not None and self.tracing is not None:
+            exchange.request.drop_line(b"traceparent")
+            lines += self.tracing.header(exchange.span)
         return lines
 
     def cors_headers(self, request: Request) -> bytes:
@@ -192,12 +202,20 @@ class Worker:
     def count(self, exchange: Exchange, status: int, now: float) -> None:
         """Counts a finished request."""
         endpoint = exchange.endpoint
-        if endpoint is None:
-            self.count_refused(status)
-            return
-        stats = endpoint.variant.stats
-        stats.statuses[status] = stats.statuses.get(status, 0) + 1
-        stats.duration.observe(now - exchange.started)
+        seconds = now - exchange.started
+        if endpoint is not None:
+            stats = endpoint.variant.stats
+            stats.duration.observe(seconds)
+        elif exchange.routed:
+            stats = exchange.target.model.stats
+        else:
+            stats = None
+        statuses = self.refused if stats is None else stats.statuses
+        statuses[status] = statuses.get(status, 0) + 1
+        if self.access_log is not None:
+            self.access_log.record(exchange, status, seconds)
+        if exchange.span is not None and self.tracing is not None:
+            self.tracing.end(exchange.span, exchange, status)
 
     def count_refused(self, status: int) -> None:
         """Counts a request that reached no engine."""
@@ -233,6 +251,10 @@ class Worker:
         for task in self._tasks:
             task.cancel()
         await self.connector.close()
+        if self.access_log is not None:
+            await self.access_log.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def _tls_context(settings: Settings) -> ssl.SSLContext | None:

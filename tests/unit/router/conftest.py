@@ -4,11 +4,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 import pytest
 import uvloop
-
 from tests.unit.router.harness import Harness, harness
 
 
-def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, Callable[[], uvloop.Loop]]:
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], uvloop.Loop]]:
     """The router's tests run on the event loop that it runs on."""
     return {"uvloop": uvloop.new_event_loop}
 

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from modelfleet_serving.contract import RouteTable, TableUpdate
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.hub import Hub
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.worker import Worker
-
-import msgspec
 
 TIMEOUT = 10.0
 
@@ -58,7 +58,9 @@ async def die(engine: Engine, request: Received, writer: asyncio.StreamWriter) -
     writer.transport.abort()
 
 
-SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+SSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
 
 
 def chunk(payload: bytes) -> bytes:
@@ -92,6 +94,8 @@ class Engine:
     connections: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
+    extra: bytes = b""
+    """What came behind a request: bytes in a tunnel."""
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -124,15 +128,16 @@ class Engine:
                 with contextlib.suppress(asyncio.CancelledError):
                     await gone
                 work.result()
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             self.closed.set()
         finally:
             writer.close()
 
     async def _gone(self, reader: asyncio.StreamReader) -> None:
         """Returns when the router closes the connection while the handler works."""
-        while not reader.at_eof() and reader.exception() is None:
-            await asyncio.sleep(0.002)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                self.extra += data
 
     async def _read(self, reader: asyncio.StreamReader) -> Received:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -230,7 +235,12 @@ def post(
     if body is None:
         body = {"messages": [{"role": "user", "content": "hi"}], "model": "m", **fields}
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = {"host": "router", "content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
+    lines = {
+        "host": "router",
+        "content-type": "application/json",
+        "content-length": str(len(data)),
+        **(headers or {}),
+    }
     head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return head.encode() + b"\r\n" + data
 

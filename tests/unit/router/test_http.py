@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-
 from tests.unit.router.harness import Harness, harness, model, post, until
 
 BODY = b'{"model":"m"}'
@@ -66,7 +65,9 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
-async def test_malformed_requests_are_400_and_nothing_behind_them_is_read(router: Harness, data: bytes) -> None:
+async def test_malformed_requests_are_400_and_nothing_behind_them_is_read(
+    router: Harness, data: bytes
+) -> None:
     await _ready(router)
     client = await router.client()
     client.send(data + b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -101,7 +102,9 @@ async def test_pipelined_requests_are_answered_in_order(router: Harness) -> None
     client.send(post() + health + post(model="nope") + _chunked(BODY) + health)
     assert [(await client.answer()).status for _ in range(5)] == [200, 200, 404, 200, 200]
     client.send(b"".join(post(headers={"x-request-id": f"n{n}"}) for n in range(300)))
-    assert [(await client.answer()).headers["x-request-id"] for _ in range(300)] == [f"n{n}" for n in range(300)]
+    assert [(await client.answer()).headers["x-request-id"] for _ in range(300)] == [
+        f"n{n}" for n in range(300)
+    ]
 
 
 async def test_answers_before_a_malformed_request_still_come(router: Harness) -> None:
@@ -205,7 +208,9 @@ async def test_slow_clients_are_let_go() -> None:
 
 async def test_cors_only_where_configured(router: Harness) -> None:
     await _ready(router)
-    assert "access-control-allow-origin" not in (await router.ask(post(headers={"origin": "http://a"}))).headers
+    assert (
+        "access-control-allow-origin" not in (await router.ask(post(headers={"origin": "http://a"}))).headers
+    )
     preflight = (
         b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: http://a\r\n"
         b"access-control-request-method: POST\r\naccess-control-request-headers: authorization\r\n\r\n"

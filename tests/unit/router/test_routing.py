@@ -6,15 +6,18 @@ import json
 from collections import Counter
 
 import pytest
-
 from tests.unit.router.harness import Harness, answer_json, model, post
 
 
 async def test_model_after_messages_reaches_its_engine_with_the_body_unchanged(router: Harness) -> None:
     engine = await router.engine("r1")
     await router.table(model(bf16=[engine]))
-    body = '{"messages": [{"role":"user","content":"\\"model\\": \\"x\\" ☃"}],  "model" : "m", "n":1}'.encode()
-    answer = await router.ask(post(body=body, headers={"x-custom": "kept", "connection": "x-hop", "x-hop": "1"}))
+    body = (
+        '{"messages": [{"role":"user","content":"\\"model\\": \\"x\\" ☃"}],  "model" : "m", "n":1}'.encode()
+    )
+    answer = await router.ask(
+        post(body=body, headers={"x-custom": "kept", "connection": "x-hop", "x-hop": "1"})
+    )
     assert answer.status == 200
     assert answer.json()["engine"] == "r1"
     assert answer.headers["x-modelfleet-model"] == "m"
@@ -111,7 +114,17 @@ async def test_weights_split_the_bare_name(router: Harness) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"nonsense", b"[]", b'"m"', b'{"model": 5}', b'{"model": "m"', b'{"messages": []}', b'{"model": ""}', b'{"model": null}'],
+    [
+        b"",
+        b"nonsense",
+        b"[]",
+        b'"m"',
+        b'{"model": 5}',
+        b'{"model": "m"',
+        b'{"messages": []}',
+        b'{"model": ""}',
+        b'{"model": null}',
+    ],
 )
 async def test_malformed_bodies_are_400(router: Harness, body: bytes) -> None:
     await router.table(model(bf16=[await router.engine("r1")]))
@@ -127,7 +140,7 @@ async def test_malformed_bodies_are_400(router: Harness, body: bytes) -> None:
 async def test_audio_forms_name_their_model_in_a_field(router: Harness) -> None:
     engine = await router.engine("r1")
     await router.table(model("whisper", fp16=[engine]))
-    audio = b"\x00\xff--xyz\r\nname=\"model\"" * 10
+    audio = b'\x00\xff--xyz\r\nname="model"' * 10
     form = (
         b'--xyz\r\nContent-Disposition: form-data; name="file"; filename="model"\r\n'
         b"Content-Type: audio/wav\r\n\r\n" + audio + b"\r\n"
@@ -141,11 +154,13 @@ async def test_audio_forms_name_their_model_in_a_field(router: Harness) -> None:
     assert answer.status == 400
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank", "/v1/score", "/tokenize",
-     "/detokenize", "/classify", "/pooling"],
-)  # fmt: skip
+ENDPOINTS = (
+    "/v1/completions /v1/embeddings /v1/responses /v1/messages /v1/rerank /v1/score /tokenize /detokenize /classify "
+    "/pooling"
+)
+
+
+@pytest.mark.parametrize("path", ENDPOINTS.split())
 async def test_every_engine_endpoint_is_relayed(router: Harness, path: str) -> None:
     engine = await router.engine("r1")
     await router.table(model(bf16=[engine]))

@@ -1,0 +1,110 @@
+"""The access log: one JSON line a request, written by a thread in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from modelfleet_serving.router.exchange import Exchange
+
+_log = logging.getLogger(__name__)
+
+MAX_WAITING: Final = 200_000
+"""Lines that wait for a slow disk; further ones are dropped and counted."""
+
+
+class Entry(msgspec.Struct, omit_defaults=True):
+    """One line. No header, key or body ever stands in it."""
+
+    time: float
+    client: str
+    method: str
+    path: str
+    status: int
+    seconds: float
+    request: str
+    model: str = ""
+    variant: str = ""
+    replica: str = ""
+    fallback: str = ""
+    tenant: str = ""
+    first_byte: float | None = None
+    attempts: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class AccessLog:
+    """Collects lines on the data path, and writes them elsewhere."""
+
+    def __init__(self, path: str, loop: asyncio.AbstractEventLoop) -> None:
+        """``path`` is a file that is appended to, or ``-`` for standard output."""
+        self._loop = loop
+        self._encoder = msgspec.json.Encoder()
+        self._waiting: list[Entry] = []
+        self._dropped = 0
+        self._writing: asyncio.Future[None] | None = None
+        if path == "-":
+            self._fd = os.dup(sys.stdout.fileno())
+        else:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+    def record(self, exchange: Exchange, status: int, seconds: float) -> None:
+        """Notes a finished request."""
+        if len(self._waiting) >= MAX_WAITING:
+            self._dropped += 1
+            return
+        request = exchange.request
+        endpoint = exchange.endpoint
+        self._waiting.append(
+            Entry(
+                time=round(time.time(), 3),
+                client=exchange.client.peer,
+                method=request.method.decode("latin-1"),
+                path=request.path.decode("latin-1"),
+                status=status,
+                seconds=round(seconds, 4),
+                request=exchange.request_id.decode("latin-1"),
+                model=exchange.target.name if exchange.routed else "",
+                variant=endpoint.variant.name if endpoint is not None else "",
+                replica=endpoint.id if endpoint is not None else "",
+                fallback=exchange.fallback_from or "",
+                tenant=exchange.salt,
+                first_byte=exchange.first_byte,
+                attempts=exchange.attempts,
+                input_tokens=exchange.input_tokens,
+                output_tokens=exchange.output_tokens,
+            )
+        )
+
+    def flush(self) -> None:
+        """Hands what waits to a thread, unless that still writes."""
+        if self._waiting and (self._writing is None or self._writing.done()):
+            lines, self._waiting = self._waiting, []
+            self._writing = self._loop.run_in_executor(None, self._write, lines)
+        if self._dropped:
+            _log.warning("the access log is too slow: %d lines dropped", self._dropped)
+            self._dropped = 0
+
+    def _write(self, lines: list[Entry]) -> None:
+        data = memoryview(self._encoder.encode_lines(lines))
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            _log.error("the access log: %s; %d lines lost", error, len(lines))
+
+    async def close(self) -> None:
+        """Writes the rest."""
+        if self._writing is not None:
+            await self._writing
+        if self._waiting:
+            self._write(self._waiting)
+        os.close(self._fd)
