@@ -31,12 +31,14 @@ async def test_a_failed_attempt_is_answered_by_another_replica(router: Harness, 
     else:
         bad.handler = handler
     await router.table(model(affinity="None", a=[bad, good]))
-    for _ in range(8):
+    for _ in range(100):
         answer = await router.ask()
         assert answer.status == 200
         assert answer.json()["engine"] == "good"
         assert "x-modelfleet-fallback" not in answer.headers
-    assert (await router.hub.snapshot()).variants[1].retries >= 1
+        if (await router.hub.snapshot()).variants[1].retries:
+            return
+    raise AssertionError("the bad engine was never tried")
 
 
 async def test_fallback_variant_serves_and_says_from_where(router: Harness) -> None:

@@ -155,8 +155,8 @@ async def test_audio_forms_name_their_model_in_a_field(router: Harness) -> None:
 
 
 ENDPOINTS = (
-    "/v1/completions /v1/embeddings /v1/responses /v1/messages /v1/rerank /v1/score /tokenize /detokenize /classify "
-    "/pooling"
+    "/v1/completions /v1/embeddings /v1/responses /v1/messages /v1/rerank /v1/score "
+    "/tokenize /detokenize /classify /pooling"
 )
 
 
