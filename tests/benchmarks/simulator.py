@@ -68,8 +68,12 @@ async def load(port: int, streams: int, tokens: int) -> list[StreamClient]:
     clients = []
     for number in range(streams):
         message = {"role": "user", "content": f"stream {number}"}
-        body = json.dumps({"model": "m", "stream": True, "max_tokens": tokens, "messages": [message]}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        body = json.dumps(
+            {"model": "m", "stream": True, "max_tokens": tokens, "messages": [message]}
+        ).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        )
         client = StreamClient(head + body, loop.create_future())
         await loop.create_connection(lambda client=client: client, "127.0.0.1", port)  # type: ignore[misc]
         clients.append(client)
@@ -105,7 +109,9 @@ def metric(port: int, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--streams", type=int, default=2000)
     parser.add_argument("--itl-ms", type=float, default=50.0)
     parser.add_argument("--tokens", type=int, default=200)

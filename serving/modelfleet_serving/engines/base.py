@@ -69,9 +69,10 @@ class Drain:
 
     signal: signal.Signals = signal.SIGTERM
     bounded: bool = True
-    """The engine ends itself after ``drain_timeout_seconds``; if not, only SIGKILL bounds it."""
+    """The engine ends by itself within ``drain_timeout_seconds`` and ``grace_seconds``, whatever runs. If
+    not, only SIGKILL to its group bounds it, and that is due then."""
     grace_seconds: float = 15.0
-    """Added to the drain timeout for the tear-down, before the process group is killed."""
+    """Time for the tear-down, after the drain timeout and before the process group is killed."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Writes the HTTP paths that an engine's sources register, without importing them.
 
-Usage: python tests/unit/engines/extract_routes.py SITE_PACKAGES/vllm/entrypoints > .../vllm-VERSION-routes.json
-       python tests/unit/engines/extract_routes.py SITE_PACKAGES/sglang/srt/entrypoints/http_server.py > ...
+Usage: python tests/unit/engines/extract_routes.py PATH > tests/unit/engines/data/ENGINE-VERSION-routes.json
+
+PATH is ``vllm/entrypoints`` or ``sglang/srt/entrypoints/http_server.py`` in an unpacked wheel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ METHODS = {"get", "post", "put", "delete"}
 
 
 def routes(tree: ast.Module) -> set[str]:
-    """``METHOD /path`` of each decorator ``@router.post("/path")`` or ``@app.api_route("/path", methods=[…])``."""
+    """``METHOD /path`` of each ``@router.post("/path")`` or ``@app.api_route("/path", methods=[…])``."""
     found = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -28,7 +29,9 @@ def routes(tree: ast.Module) -> set[str]:
                 continue
             methods = [call.func.attr] if call.func.attr in METHODS else []
             if call.func.attr == "api_route":
-                methods = next((ast.literal_eval(k.value) for k in call.keywords if k.arg == "methods"), ["GET"])
+                methods = next(
+                    (ast.literal_eval(k.value) for k in call.keywords if k.arg == "methods"), ["GET"]
+                )
             found |= {f"{method.upper()} {path.value}" for method in methods}
     return found
 

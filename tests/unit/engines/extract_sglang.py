@@ -1,6 +1,6 @@
 """Writes the command-line options that SGLang's sources declare, without importing them.
 
-Usage: python tests/unit/engines/extract_sglang.py SITE_PACKAGES > tests/unit/engines/data/sglang-VERSION-options.json
+Usage: python extract_sglang.py SITE_PACKAGES > data/sglang-VERSION-options.json
 
 SITE_PACKAGES holds an unpacked ``sglang`` wheel. Options stand there as annotated fields,
 ``name: A[type, "help"]`` or ``name: A[type, Arg(...)]``, and as a few ``add_argument`` calls.
@@ -58,7 +58,11 @@ def field_option(node: ast.AnnAssign, names: dict[str, Any]) -> tuple[str, dict[
     if evaluate(keywords.get("no_cli"), names):
         return None
     kind_text = ast.unparse(kind)
-    inner = kind_text.removeprefix("Optional[").removesuffix("]") if kind_text.startswith("Optional[") else kind_text
+    inner = (
+        kind_text.removeprefix("Optional[").removesuffix("]")
+        if kind_text.startswith("Optional[")
+        else kind_text
+    )
     name = evaluate(keywords.get("cli_name"), names) or "--" + node.target.id.replace("_", "-")
     option: dict[str, Any] = {"aliases": evaluate(keywords.get("aliases"), names) or []}
     action = ast.unparse(keywords["action"]) if "action" in keywords else ""
@@ -69,12 +73,16 @@ def field_option(node: ast.AnnAssign, names: dict[str, Any]) -> tuple[str, dict[
         option["action"] = "boolean_optional"
     elif action:
         extra = keywords.get("action_kwargs")
-        option["nargs"] = (ast.literal_eval(ast.unparse(extra).replace("'type': str, ", "")) if extra else {}).get("nargs")
+        option["nargs"] = (
+            ast.literal_eval(ast.unparse(extra).replace("'type': str, ", "")) if extra else {}
+        ).get("nargs")
     elif inner == "bool" and not parser:
         option["action"] = "store_true"
     else:
         if inner.startswith("Literal["):
-            choices = choices or list(ast.literal_eval("[" + inner.removeprefix("Literal[").removesuffix("]") + "]"))
+            choices = choices or list(
+                ast.literal_eval("[" + inner.removeprefix("Literal[").removesuffix("]") + "]")
+            )
             option["type"] = type(choices[0]).__name__
         elif inner.startswith(("List[", "list[")) and not parser:
             element = inner[5:-1]
@@ -106,7 +114,11 @@ def call_option(node: ast.Call, names: dict[str, Any]) -> tuple[str, dict[str, A
 def extract(site_packages: Path) -> dict[str, dict[str, Any]]:
     groups = site_packages / "sglang/srt/arg_groups"
     names: dict[str, Any] = {}
-    sources = [groups / "choices.py", site_packages / "sglang/srt/utils/common.py", *sorted((groups / "fields").glob("*.py"))]
+    sources = [
+        groups / "choices.py",
+        site_packages / "sglang/srt/utils/common.py",
+        *sorted((groups / "fields").glob("*.py")),
+    ]
     trees = [ast.parse(path.read_text()) for path in sources]
     for tree in trees:
         names |= constants(tree)

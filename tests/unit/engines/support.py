@@ -36,13 +36,13 @@ def launch(**changes: Any) -> Launch:
     return Launch(**({"python": "/env/bin/python", "model": "/models/m", "port": 9000} | changes))
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The engine's parser would have ended the process."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise Refused(message)
+        raise RefusedError(message)
 
 
 _NUMBERS: dict[str | None, Any] = {
@@ -82,9 +82,7 @@ def optional(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | values
 
 
-names = st.text(
-    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=20
-)
+names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=20)
 lora = st.builds(
     LoraSettings,
     max_loras=st.integers(1, 8),

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.engines import support
 
 from modelfleet_serving import engines
 from modelfleet_serving.contract import EngineLoad, EngineMemory, EngineSettings, Task
 from modelfleet_serving.engines import EngineSettingsError
 from modelfleet_serving.simulator import cli
-from tests.unit.engines import support
 
 SIMULATOR = engines.get("Simulator")
 
@@ -62,7 +62,9 @@ STARTS = support.starts(
             "profile": st.sampled_from(("fast", "a10-7b-awq")),
             "output_tokens": st.integers(1, 99),
             "jitter": st.floats(0, 0.5),
-            "fault": st.lists(st.sampled_from(("errorRate=0.5", "healthHangs=true")), max_size=2, unique=True),
+            "fault": st.lists(
+                st.sampled_from(("errorRate=0.5", "healthHangs=true")), max_size=2, unique=True
+            ),
             "max-num-queued-reqs": st.integers(0, 99),
         },
         ("auto",),

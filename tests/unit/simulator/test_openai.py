@@ -10,9 +10,9 @@ import aiohttp
 import openai
 import pytest
 from openai import AsyncOpenAI
+from tests.unit.simulator.conftest import Start, openai_client, until, url
 
 from modelfleet_serving.simulator.server import Simulator
-from tests.unit.simulator.conftest import Start, openai_client, url
 
 Client = tuple[Simulator, AsyncOpenAI]
 ASK: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -114,7 +114,9 @@ async def test_a_conversation_finds_its_beginning_in_the_cache(client: Client) -
     assert counters.cache_queries == 2 * prompt + turn.usage.prompt_tokens
     async with aiohttp.ClientSession(url(simulator)) as session, session.get("/metrics") as response:
         exposition = await response.text()
-    assert f'vllm:prefix_cache_hits_total{{engine="0",model_name="m"}} {counters.cache_hits:.1f}' in exposition
+    assert (
+        f'vllm:prefix_cache_hits_total{{engine="0",model_name="m"}} {counters.cache_hits:.1f}' in exposition
+    )
     assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="m"} 3.0' in exposition
     assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="m"} 3.0' in exposition
 
@@ -160,7 +162,11 @@ async def test_a_tool_is_called_when_it_is_demanded_or_named(client: Client) -> 
     named = [{"role": "user", "content": "use get_weather"}]
     assert (await chat(api, named, tools=TOOLS)).choices[0].message.tool_calls
     assert not (await chat(api, tools=TOOLS, max_tokens=2)).choices[0].message.tool_calls
-    assert not (await chat(api, named, tools=TOOLS, tool_choice="none", max_tokens=2)).choices[0].message.tool_calls
+    assert (
+        not (await chat(api, named, tools=TOOLS, tool_choice="none", max_tokens=2))
+        .choices[0]
+        .message.tool_calls
+    )
     arguments = ""
     async for chunk in await chat(api, tools=TOOLS, tool_choice="required", stream=True):
         for part in chunk.choices[0].delta.tool_calls or []:
@@ -187,7 +193,9 @@ async def test_embeddings_are_repeatable_unit_vectors(client: Client) -> None:
     assert first == second != third
     assert len(first) == 384
     assert sum(value * value for value in first) == pytest.approx(1, abs=1e-5)
-    plain = await api.embeddings.create(model="m", input="some words here", encoding_format="float", dimensions=8)
+    plain = await api.embeddings.create(
+        model="m", input="some words here", encoding_format="float", dimensions=8
+    )
     assert len(plain.data[0].embedding) == 8
     assert plain.usage.prompt_tokens == 4
 
@@ -235,8 +243,10 @@ async def test_scores_and_classes(client: Client) -> None:
                 return await response.json()
 
         documents = ["nothing here", "the capital of France", "more"]
-        ranked = await post("/v1/rerank", {"query": "the capital of Spain", "documents": documents, "top_n": 2})
-        assert [result["index"] for result in ranked["results"]][0] == 1
+        ranked = await post(
+            "/v1/rerank", {"query": "the capital of Spain", "documents": documents, "top_n": 2}
+        )
+        assert next(result["index"] for result in ranked["results"]) == 1
         assert len(ranked["results"]) == 2
         scored = await post("/score", {"text_1": "same", "text_2": ["same", "else"]})
         assert [item["score"] for item in scored["data"]] == [1.0, 0.0]
@@ -277,8 +287,7 @@ async def test_a_full_queue_is_503_and_says_when_to_come_back(start: Start) -> N
     first = await chat(api, max_tokens=1000, stream=True)
     await anext(aiter(first))
     waiting = asyncio.create_task(chat(api, max_tokens=1))
-    while not simulator.engine.scheduler.waiting:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(simulator.engine.scheduler.waiting))
     with pytest.raises(openai.InternalServerError) as error:
         await chat(api, max_tokens=1)
     assert error.value.status_code == 503
@@ -290,7 +299,9 @@ async def test_a_full_queue_is_503_and_says_when_to_come_back(start: Start) -> N
 
 
 async def test_speed_is_what_was_asked_for(start: Start) -> None:
-    simulator = await start("--decode-base-ms", "10", "--decode-per-sequence-us", "0", "--prefill-base-ms", "30")
+    simulator = await start(
+        "--decode-base-ms", "10", "--decode-per-sequence-us", "0", "--prefill-base-ms", "30"
+    )
     api = openai_client(simulator)
     loop = asyncio.get_running_loop()
     began = loop.time()

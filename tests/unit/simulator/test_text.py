@@ -15,7 +15,14 @@ from modelfleet_serving.simulator.requests import (
     prompts,
     read,
 )
-from modelfleet_serving.simulator.text import TOKENS, VOCABULARY, advance, instance, natural_length, start_state
+from modelfleet_serving.simulator.text import (
+    TOKENS,
+    VOCABULARY,
+    advance,
+    instance,
+    natural_length,
+    start_state,
+)
 from modelfleet_serving.simulator.tokens import decode, encode
 
 
