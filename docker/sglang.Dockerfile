@@ -1,0 +1,24 @@
+# syntax=docker/dockerfile:1
+# A GPU node that runs SGLang: SGLang's own image, and Modelfleet with Ray in an environment beside it.
+#
+#   docker build -f docker/sglang.Dockerfile --build-arg SGLANG_VERSION=0.5.23 -t modelfleet-sglang:0.5.23 .
+ARG SGLANG_VERSION=0.5.23
+FROM lmsysorg/sglang:v${SGLANG_VERSION}
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3-venv wget tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/modelfleet
+WORKDIR /src
+COPY requirements/serving.txt requirements/serving.txt
+RUN /opt/modelfleet/bin/pip install --requirement requirements/serving.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY operator/ operator/
+COPY serving/ serving/
+RUN /opt/modelfleet/bin/pip install --no-deps . \
+    && useradd --uid 1000 --create-home modelfleet 2>/dev/null || true
+ENV MODELFLEET_SGLANG_PYTHON=/usr/bin/python3 PATH=/opt/modelfleet/bin:$PATH RAY_USAGE_STATS_ENABLED=0
+USER 1000
+WORKDIR /home/modelfleet
+ENTRYPOINT ["tini", "--"]
+CMD ["bash"]
