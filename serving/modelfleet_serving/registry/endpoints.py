@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from modelfleet_serving.contract import (
     ApplicationId,
@@ -15,6 +16,9 @@ from modelfleet_serving.contract import (
 
 DeploymentKey = tuple[str, str]
 """Namespace and name of a ModelDeployment."""
+
+REMEMBER_GONE_SECONDS: Final = 60.0
+"""A heartbeat may be under way for as long as its sender's time-outs allow, which is less."""
 
 
 class UnknownApplicationError(ValueError):
@@ -80,17 +84,20 @@ class Endpoints:
         if heartbeat.sequence <= last:
             return Change()
         if heartbeat.gone:
-            self._gone[heartbeat.id] = (heartbeat.sequence, expires)
+            self._gone[heartbeat.id] = (heartbeat.sequence, expires + REMEMBER_GONE_SECONDS)
             return self._drop([heartbeat.id])
         if known is None and len(self._entries) >= self._limit:
             raise TooManyError(f"{self._limit} replicas are registered")
         ousted = self._oust(heartbeat)
+        before = known.heartbeat if known else None
+        if before and (before.application, before.url) != (heartbeat.application, heartbeat.url):
+            moved = self._drop([heartbeat.id])
+            ousted = Change(deployments=ousted.deployments | moved.deployments, visible=True)
         self._entries[heartbeat.id] = _Entry(heartbeat, application, expires)
         key = (application.namespace, application.deployment)
         self._by_deployment.setdefault(key, set()).add(heartbeat.id)
         if heartbeat.url:
             self._by_url[heartbeat.url] = heartbeat.id
-        before = known.heartbeat if known else None
         routed = before is None or _routing(before) != _routing(heartbeat)
         return Change(
             deployments=ousted.deployments | ({key} if routed else frozenset()),

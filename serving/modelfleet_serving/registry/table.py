@@ -31,10 +31,11 @@ class VersionedTable:
 
     def set(self, model: ModelRoute) -> bool:
         """Put a model; whether it is a change."""
-        if (known := self._models.pop(model.name, None)) is not None and known[1] == model:
-            self._models[model.name] = known
+        known = self._models.get(model.name)
+        if known is not None and known[1] == model:
             return False
         self._step()
+        self._models.pop(model.name, None)  # to the end
         self._models[model.name] = (self.version, model)
         self._removed.pop(model.name, None)
         return True
