@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
+import fcntl
 import json
 import os
 import queue
@@ -13,11 +15,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
-
-import filelock
 
 from modelfleet_serving.engines.base import Platform
 from modelfleet_serving.environments import packages
@@ -74,11 +74,13 @@ def install(
     target.parent.mkdir(parents=True, exist_ok=True)
     if not force and (ready := read_environment(target)) is not None:
         return ready
-    with _exclusive(target.with_name(f".{target.name}.lock"), say):
+    with _exclusive(target.with_name(f".{target.name}.lock"), say) as descriptor:
         # Whoever held the lock may have made it.
         if not force and (ready := read_environment(target)) is not None:
             return ready
-        return _make(_Build(key, wanted, platform, recipe, target, say))
+        build = _Build(key, wanted, platform, recipe, target, say)
+        build.inherited = (descriptor,)
+        return _make(build)
 
 
 def lock(engine: str) -> Path:
@@ -123,6 +125,7 @@ class _Build:
         self.engine, self.version, self.platform = engine, version, platform
         self.recipe, self.target, self._say = recipe, target, say
         self.python = target / "bin" / "python"
+        self.inherited: tuple[int, ...] = ()
         self.log = target.with_name(f"{target.name}.log")
         self.log.unlink(missing_ok=True)
         self._started = time.monotonic()
@@ -144,7 +147,9 @@ class _Build:
 
     def run(self, step: str, command: Sequence[str]) -> list[str]:
         """Run one step, its output to the log and its milestones to the user; returns its lines."""
-        return run_step(step, command, environ=self.environ, log=self.log, say=self.say)
+        return run_step(
+            step, command, environ=self.environ, log=self.log, say=self.say, inherited=self.inherited
+        )
 
     def resolver_arguments(self) -> list[str]:
         """Requirements, overrides and excludes as files beside the environment."""
@@ -168,7 +173,8 @@ def _make(build: _Build) -> EngineEnvironment:
         f"(about {build.recipe.disk_gib:.0f} GiB)"
     )
     # What an interrupted install left can't be told from a whole package; the downloads are cached.
-    shutil.rmtree(build.target, ignore_errors=True)
+    if build.target.exists():
+        shutil.rmtree(build.target)
     if build.uv is not None:
         build.run("making the environment", [build.uv, "venv", "--python", sys.executable, str(build.target)])
     else:
@@ -236,20 +242,33 @@ def _check_machine(build: _Build) -> None:
         )
 
 
-def _exclusive(path: Path, say: Callable[[str], None]) -> filelock.BaseFileLock:
-    held = filelock.FileLock(path)
+@contextlib.contextmanager
+def _exclusive(path: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the file's lock, and yield its descriptor for the installers that are started meanwhile.
+
+    They inherit it, and a lock is held until the last descriptor of it is closed: an installer that
+    outlives us, because we were killed, still keeps the next install from the directory it writes to.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        held.acquire(blocking=False)
-    except filelock.Timeout:
-        say("another install of it is running; waiting for that one")
-    else:
-        # Taken only to know whether to say so; the caller's `with` takes it for the work.
-        held.release()
-    return held
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another install of it is running; waiting for that one")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def run_step(
-    step: str, command: Sequence[str], *, environ: Mapping[str, str], log: Path, say: Callable[[str], None]
+    step: str,
+    command: Sequence[str],
+    *,
+    environ: Mapping[str, str],
+    log: Path,
+    say: Callable[[str], None],
+    inherited: Sequence[int] = (),
 ) -> list[str]:
     """Run one installer command, its whole output into ``log`` and its milestones to ``say``.
 
@@ -262,7 +281,7 @@ def run_step(
         try:
             process = subprocess.Popen(
                 command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace",
+                stderr=subprocess.STDOUT, text=True, errors="replace", pass_fds=inherited,
             )  # fmt: skip
         except OSError as error:
             raise InstallError(step, str(error), [], log) from error

@@ -1,7 +1,9 @@
 import json
 import os
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -219,3 +221,39 @@ def test_the_lock_of_the_default_version_is_complete_and_leaves_out_what_is_excl
         assert packages.requirement_name(requirement) in names
     # Needed by everything that talks to a model hub, and under a marker that is easily filtered away.
     assert {"httpcore2", "truststore"} <= names
+
+
+def test_an_installer_that_outlives_a_killed_install_still_holds_the_lock(tmp_path):
+    path, alive, end = tmp_path / "lock", tmp_path / "alive", tmp_path / "end"
+    orphan = (
+        f"import os, time\nopen({str(alive)!r}, 'w').close()\n"
+        f"while not os.path.exists({str(end)!r}): time.sleep(.01)"
+    )
+    killed = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from modelfleet_serving.environments import installer as i\n"
+        f"with i._exclusive(Path({str(path)!r}), print) as fd:\n"
+        f"    i.run_step('x', [sys.executable, '-c', {orphan!r}], environ=os.environ, "
+        f"log=Path({str(tmp_path / 'log')!r}), say=print, inherited=(fd,))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", killed])
+    waited, took = threading.Event(), threading.Event()
+    try:
+        deadline = time.monotonic() + 20
+        while not alive.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait(10)
+
+        def take():
+            with installer._exclusive(path, lambda _: waited.set()):
+                took.set()
+
+        threading.Thread(target=take, daemon=True).start()
+        assert waited.wait(10)
+        assert not took.is_set()
+    finally:
+        end.touch()
+        process.kill()
+    assert took.wait(10)
