@@ -1,10 +1,10 @@
 """How many streams one simulator holds: tokens per second, and whether it keeps its own clock.
 
-Usage: python tests/benchmarks/simulator.py [--streams 2000] [--itl-ms 50] [--tokens 200]
+Usage: python -m tests.benchmarks.simulator [--streams 2000] [--itl-ms 50] [--tokens 200]
 
 The client is a bare protocol that counts events, in a process of its own. A simulator that falls behind
-shows it in two figures: ``slowdown``, the time its streams took over the time they should have taken, and
-``lag``, how late its last step was.
+shows it in ``slowdown``, the time its streams took over the time they should have taken, and in ``lag``, how
+late its last step was.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import psutil
 import uvloop
-
-OUTPUT = Path("build/bench/simulator.json")
+from tests.benchmarks.common import Check, Report
 
 
 class StreamClient(asyncio.Protocol):
@@ -129,27 +127,31 @@ def main() -> None:
     cpu = (after.user + after.system) - (before.user + before.system)
     gaps = sorted(gap for client in clients for gap in client.gaps)
     decode = [(client.last - client.first) / (options.tokens - 1) * 1e3 for client in clients]
-    lost = options.streams * options.tokens - sum(client.events for client in clients)
+    total = options.streams * options.tokens
     figures = {
         "streams": options.streams,
         "itl_ms_asked": options.itl_ms,
-        "itl_ms_mean": round(statistics.mean(decode), 2),
-        "slowdown": round(statistics.mean(decode) / options.itl_ms, 3),
-        "gap_ms_p50": round(gaps[len(gaps) // 2] * 1e3, 2),
-        "gap_ms_p99": round(gaps[int(len(gaps) * 0.99)] * 1e3, 2),
-        "tokens_per_second": round(options.streams * options.tokens / elapsed),
-        "cpu_share": round(cpu / elapsed, 2),
-        "cpu_us_per_token": round(cpu / (options.streams * options.tokens) * 1e6, 1),
-        "rss_mib": round(memory / 2**20),
+        "itl_ms_mean": statistics.mean(decode),
+        "gap_ms_p50": gaps[len(gaps) // 2] * 1e3,
+        "gap_ms_p99": gaps[int(len(gaps) * 0.99)] * 1e3,
+        "tokens_per_second": total / elapsed,
+        "cpu_us_per_token": cpu / total * 1e6,
+        "rss_mib": memory / 2**20,
         "lag_seconds_at_end": lag,
-        "tokens_lost": lost,
     }
+    report = Report("simulator", f"One simulator, {options.streams} streams", ("figure", "value"))
     for name, value in figures.items():
-        print(f"{name:22} {value}")
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(figures, indent=1) + "\n")
-    if lost:
-        sys.exit(f"{lost} tokens never arrived")
+        report.put(name, value)
+        report.rows.append((name, f"{value:.4g}"))
+    report.checks = [
+        Check("slowdown", statistics.mean(decode) / options.itl_ms, 1.05, at_most=True, unit="times"),
+        Check("cpu_share", cpu / elapsed, 0.8, at_most=True, unit="of a core"),
+        Check("tokens_lost", total - sum(client.events for client in clients), 0, at_most=True),
+    ]
+    report.print()
+    report.write()
+    if not all(check.met for check in report.checks):
+        sys.exit("a target was missed")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import sys
 
 import uvloop
@@ -23,6 +24,9 @@ def main() -> None:
         f"Maximum concurrency for {config.max_model_len:,} tokens per request: {concurrency:.2f}x"
     )
     simulator = Simulator(config)
+    # A stream is an open file, and the usual limit is 1,024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # A full collection with thousands of streams takes as long as a step; the request path makes no cycles
     # that matter.
     gc.freeze()

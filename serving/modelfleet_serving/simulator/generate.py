@@ -151,6 +151,7 @@ class Job:
         self.exchange.on_close = self.cancel
         for choice in self.choices:
             if not self.engine.submit(choice.sequence):
+                self.choices = self.choices[: self.open]
                 self.cancel()
                 self.exchange.send(
                     503,

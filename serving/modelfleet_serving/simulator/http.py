@@ -141,15 +141,34 @@ class HttpProtocol(asyncio.Protocol):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Feeds the parser."""
+        """Feeds the parser, and begins what it found once it is out of the parser's callbacks."""
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError:
+            status = 413 if self._size > MAX_BODY else 400
             if self._transport is not None:
-                self._transport.write(
-                    b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-                )
+                head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-length: 0\r\n"
+                self._transport.write(head.encode() + b"connection: close\r\n\r\n")
                 self._transport.close()
+            return
+        self._advance()
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Parses a request again without its offer of another protocol.
+
+        The parser gives up behind the head of such a request, and takes it for one without a body.
+        """
+        offered = self._pipelined.pop()
+        kept = {
+            k: v for k, v in offered.headers.items() if k not in {"connection", "http2-settings", "upgrade"}
+        }
+        lines = [f"{offered.method} {self._target.decode('latin-1')} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in kept.items()]
+        self._parser = httptools.HttpRequestParser(self)
+        self.data_received("\r\n".join([*lines, "", ""]).encode("latin-1") + rest)
 
     # --- httptools ---
 
@@ -187,11 +206,8 @@ class HttpProtocol(asyncio.Protocol):
             b"".join(self._body),
             self._parser.should_keep_alive(),
         )
-        if self._current is None:
-            self._begin(request)
-        elif len(self._pipelined) < MAX_PIPELINED:
-            self._pipelined.append(request)
-        elif self._transport is not None:
+        self._pipelined.append(request)
+        if len(self._pipelined) > MAX_PIPELINED and self._transport is not None:
             self._transport.abort()
 
     # --- requests in order ---
@@ -203,8 +219,8 @@ class HttpProtocol(asyncio.Protocol):
             return
         if self._closing or not exchange.request.keep_alive:
             self._transport.close()
-        elif self._pipelined:
-            self._begin(self._pipelined.popleft())
+        else:
+            self._advance()
 
     def close_when_idle(self) -> None:
         """Ends the connection after the answer that it is at."""
@@ -212,7 +228,7 @@ class HttpProtocol(asyncio.Protocol):
         if self._current is None and self._transport is not None:
             self._transport.close()
 
-    def _begin(self, request: Request) -> None:
-        if self._transport is not None:
-            self._current = Exchange(self, self._transport, request)
+    def _advance(self) -> None:
+        if self._current is None and self._pipelined and self._transport is not None:
+            self._current = Exchange(self, self._transport, self._pipelined.popleft())
             self._handle(self._current)

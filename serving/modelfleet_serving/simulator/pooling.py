@@ -61,8 +61,9 @@ class PoolingJob:
         if self._exchange.closed:
             return
         self._exchange.on_close = self.cancel
-        for sequence in self._sequences:
+        for number, sequence in enumerate(self._sequences):
             if not self._engine.submit(sequence):
+                self._sequences = self._sequences[:number]
                 self.cancel()
                 body = error("the queue is full", "ServiceUnavailableError", 503)
                 self._exchange.send(503, body, headers="retry-after: 1\r\n")

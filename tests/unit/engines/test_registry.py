@@ -8,6 +8,7 @@ from tests.unit.engines import support
 from modelfleet_serving import engines
 from modelfleet_serving.contract import EngineLoad, EngineMemory, EngineSettings, Task
 from modelfleet_serving.engines import EngineSettingsError
+from modelfleet_serving.engines.simulator import OPTIONS, RESERVED
 from modelfleet_serving.simulator import cli
 
 SIMULATOR = engines.get("Simulator")
@@ -85,6 +86,17 @@ def test_the_simulator_parses_whatever_is_rendered(start: tuple) -> None:  # typ
     assert options.task == args.task.value.lower()
     assert options.max_num_seqs == args.engine.max_num_seqs
     assert len(options.lora_modules) == len(launch.adapters)
+
+
+def test_the_simulator_s_options_are_its_command_line_s() -> None:
+    declared = {
+        option.removeprefix("--")
+        for action in cli.parser()._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+    assert declared >= OPTIONS
+    assert RESERVED.keys() <= declared
 
 
 def test_the_simulator_names_what_it_doesn_t_know() -> None:

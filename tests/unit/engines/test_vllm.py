@@ -5,13 +5,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.unit.engines import support
 
-from modelfleet_serving import engines
+from modelfleet_serving import engines, environments
 from modelfleet_serving.contract import (
     Adapter,
     ApplicationArgs,
@@ -84,11 +83,11 @@ def test_whatever_is_rendered_has_options_that_vllm_declares(start: tuple[Applic
 
 @pytest.mark.engine
 def test_vllm_itself_parses_whatever_is_rendered() -> None:
-    python = installed_vllm()
-    if python is None:
-        reason = "no vLLM environment in the cache; `modelfleet engine install vllm` makes one"
-        print(reason)
-        pytest.skip(reason)
+    try:
+        python = environments.resolve("vLLM").python
+    except environments.EngineNotInstalledError as missing:
+        print(missing)
+        pytest.skip(str(missing))
     batch: list[list[str]] = []
 
     @settings(
@@ -109,11 +108,6 @@ def test_vllm_itself_parses_whatever_is_rendered() -> None:
     refused = [pair for pair in zip(batch, json.loads(result.stdout), strict=True) if pair[1]]
     assert len(batch) > 20
     assert not refused, refused[0]
-
-
-def installed_vllm() -> Path | None:
-    cache = platformdirs.user_cache_path("modelfleet") / "engines"
-    return max(cache.glob("vllm-*-cpu-*/bin/python"), default=None)
 
 
 def everything() -> ApplicationArgs:

@@ -47,7 +47,7 @@ async def start() -> AsyncIterator[Start]:
 @pytest.fixture
 async def client(start: Start) -> AsyncIterator[tuple[Simulator, AsyncOpenAI]]:
     """A simulator with defaults, and an OpenAI client for it."""
-    simulator = await start("--lora-modules", "adapter=/adapters/a")
+    simulator = await start("--lora-modules", "adapter=/adapters/a", "--decode-base-ms", "1")
     async with openai_client(simulator) as result:
         yield simulator, result
 

@@ -75,6 +75,19 @@ async def test_wrong_requests_get_their_status(start: Start) -> None:
     assert b"400 Bad Request" in await talk(simulator, b"not http at all\r\n\r\n", until=b"\r\n\r\n")
 
 
+async def test_an_offered_upgrade_is_ignored(start: Start) -> None:
+    simulator = await start()
+    request = post("/tokenize", b'{"prompt":"abcd"}', "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c")
+    assert b'"count":1' in await talk(simulator, request, until=b"}")
+
+
+async def test_a_body_too_large_is_413(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelfleet_serving.simulator.http.MAX_BODY", 100)
+    simulator = await start()
+    answer = await talk(simulator, post("/tokenize", b" " * 101), until=b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize("name", sorted(profiles()))
 def test_every_profile_starts(name: str) -> None:
     config = cli.parse(["--model", "m", "--profile", name])

@@ -295,6 +295,8 @@ async def test_a_full_queue_is_503_and_says_when_to_come_back(start: Start) -> N
     await first.close()
     assert (await waiting).usage.completion_tokens == 1
     assert simulator.engine.metrics.rejected == 1
+    # What never got into the queue doesn't count as a request that ended.
+    assert sum(simulator.engine.metrics.finished.values()) == 2
     await api.close()
 
 
