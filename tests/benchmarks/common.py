@@ -118,7 +118,7 @@ class Report:
         words = {True: "[green]met[/]", False: "[red]MISSED[/]", None: "not measured"}
         for check in self.checks:
             bound = ("≤ " if check.at_most else "≥ ") + f"{check.target:g} {check.unit}".rstrip()
-            value = "–" if check.value is None else f"{check.value:.3g}"
+            value = "-" if check.value is None else f"{check.value:.3g}"
             table.add_row(check.name, bound, value, words[check.met], check.detail)
         return table
 
@@ -144,11 +144,11 @@ def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(6 * columns, 3.2 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3.2 * rows), squeeze=False)
     figure.suptitle(title)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -166,7 +166,7 @@ def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
             axis.set_xscale("log")
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 @contextlib.contextmanager

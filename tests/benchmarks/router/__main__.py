@@ -5,12 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from tests.benchmarks.common import OUTPUT, Report
 from tests.benchmarks.router import verdict
 from tests.benchmarks.router.bench import Bench
@@ -26,9 +25,13 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "caching": caching.measure,
 }
 COLUMNS = (
-    "row", "contestant", "req/s", "req/s/core", "p50 ms", "p99 ms", "µs/chunk", "chunk delay p99 ms", "close ms", "hit rate",
-    "RSS MB", "failed", "note",
+    "row", "contestant", "req/s", "req/s/core", "p50 ms", "p99 ms", "µs/chunk", "chunk delay p99 ms",
+    "close ms", "hit rate", "RSS MB", "failed", "note",
 )  # fmt: skip
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 def _names(text: str, known: list[str], what: str) -> list[str]:
@@ -40,12 +43,16 @@ def _names(text: str, known: list[str], what: str) -> list[str]:
 
 
 def main(
-    rows: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(ROWS)}; default all.")] = "",
-    contestants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CONTESTANTS)}; default all.")] = "",
+    rows: Annotated[str, typer.Option(help=f"Comma-separated, of {_list(ROWS)}; default all.")] = "",
+    contestants: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {_list(CONTESTANTS)}; default all.")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; figures are medians.")] = 3,
     quick: Annotated[bool, typer.Option(help="A few minutes: shorter, one round, fewer points.")] = False,
     output: Annotated[Path, typer.Option(help="Where router.json and router.svg go.")] = OUTPUT,
-    lock: Annotated[Path | None, typer.Option(help="File to lock while measuring, for other heavy work to wait.")] = None,
+    lock: Annotated[
+        Path | None, typer.Option(help="File to lock while measuring, so that other heavy work can wait.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Exit with 1 when a target is missed.")] = False,
 ) -> None:
     """Measure the router and its peers; print one table; write router.json and router.svg."""

@@ -90,9 +90,11 @@ class Bench:
     @contextlib.contextmanager
     def running(self, names: Sequence[str], engines: Engines) -> Iterator[list[Running]]:
         """Freshly started contestants on the measured core."""
-        with machine_lock(self.lock):
-            with lineup(names, engines.urls, self.directory, self.cores.proxy, self.missing) as started:
-                yield started
+        with (
+            machine_lock(self.lock),
+            lineup(names, engines.urls, self.directory, self.cores.proxy, self.missing) as started,
+        ):
+            yield started
 
     def sample(self, contestant: Running | None, port: int, requests: Path, **options: Any) -> Sample:
         """Run the generator once, and account the contestant's CPU over exactly that time."""
@@ -130,4 +132,4 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     middle = f"{statistics.median(values):,.{digits}f}"
     if len(values) < 2:
         return middle
-    return f"{middle} [{min(values):,.{digits}f}–{max(values):,.{digits}f}]"
+    return f"{middle} [{min(values):,.{digits}f}..{max(values):,.{digits}f}]"

@@ -51,7 +51,8 @@ def write_routes(path: Path, engines: Sequence[str], *, affinity: str = "Prefix"
     """A route table with one model and one variant."""
     endpoints = [{"id": f"r{i}", "url": url, "state": "Ready"} for i, url in enumerate(engines)]
     variant = {"name": "bf16", "endpoints": endpoints}
-    table = {"models": [{"name": model, "affinity": affinity, "weights": {"bf16": 100}, "variants": [variant]}]}
+    served = {"name": model, "affinity": affinity, "weights": {"bf16": 100}, "variants": [variant]}
+    table = {"models": [served]}
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(table))
     fresh.replace(path)
@@ -60,10 +61,15 @@ def write_routes(path: Path, engines: Sequence[str], *, affinity: str = "Prefix"
 
 def write_tenants(path: Path) -> Path:
     """One tenant, with limits that are counted and never reached."""
-    digest = hashlib.sha256(API_KEY.encode()).hexdigest()
-    limits = "requestsPerMinute: 1000000000, inputTokensPerMinute: 1000000000000, outputTokensPerMinute: 1000000000000"
-    limits += ", maxConcurrentRequests: 1000000"
-    path.write_text(f"tenants:\n- name: bench\n  keys: [sha256:{digest}]\n  models: ['*']\n  {limits.replace(', ', chr(10) + '  ')}\n")
+    key = {
+        "name": "bench",
+        "hash": "sha256:" + hashlib.sha256(API_KEY.encode()).hexdigest(),
+        "requestsPerMinute": 10**9,
+        "inputTokensPerMinute": 10**13,
+        "outputTokensPerMinute": 10**13,
+        "concurrency": 10**6,
+    }
+    path.write_text(json.dumps({"keys": [key]}))  # JSON is YAML
     return path
 
 
@@ -133,8 +139,9 @@ def _haproxy(*, model_from_body: bool) -> Callable[[Setup], list[str]]:
         if model_from_body:  # the whole body has to fit: it is buffered before the choice
             tuning = "tune.bufsize 524288"
             choice = (
-                "option http-buffer-request\n  http-request set-var(txn.model) req.body,json_query('$.model')\n"
-                f"  use_backend engines if {{ var(txn.model) -m str {MODEL} }}"
+                "option http-buffer-request\n  "
+                "http-request set-var(txn.model) req.body,json_query('$.model')\n  "
+                f"use_backend engines if {{ var(txn.model) -m str {MODEL} }}"
             )
         text = HAPROXY.format(port=setup.port, tuning=tuning, choice=choice, servers="\n  ".join(servers))
         path = setup.directory / "haproxy.cfg"
@@ -145,10 +152,10 @@ def _haproxy(*, model_from_body: bool) -> Callable[[Setup], list[str]]:
 
 
 def _litellm(setup: Setup) -> list[str]:
-    models = [
-        {"model_name": MODEL, "litellm_params": {"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "none"}}
-        for url in setup.engines
+    upstreams = [
+        {"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "none"} for url in setup.engines
     ]
+    models = [{"model_name": MODEL, "litellm_params": upstream} for upstream in upstreams]
     path = setup.directory / "litellm.yaml"
     path.write_text(json.dumps({"model_list": models}))  # JSON is YAML
     return [
@@ -182,7 +189,9 @@ CONTESTANTS = {
 class Running:
     """A contestant that runs and answers."""
 
-    def __init__(self, contestant: Contestant, engines: Sequence[str], directory: Path, cpu: int | None) -> None:
+    def __init__(
+        self, contestant: Contestant, engines: Sequence[str], directory: Path, cpu: int | None
+    ) -> None:
         self.contestant = contestant
         self.name = contestant.name
         self.directory = directory / contestant.name

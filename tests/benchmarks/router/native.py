@@ -29,15 +29,14 @@ def tool(name: str) -> Path:
     if compiler is None:
         raise RuntimeError("the router benchmark needs a C compiler: install gcc or clang, or set CC")
     source = SOURCES / f"{name}.c"
-    key = hashlib.sha256(b"".join((source.read_bytes(), (SOURCES / "bench.h").read_bytes(), " ".join(FLAGS).encode())))
-    target = OUTPUT / "bin" / f"{name}-{key.hexdigest()[:12]}"
+    inputs = source.read_bytes() + (SOURCES / "bench.h").read_bytes() + repr(FLAGS).encode()
+    target = OUTPUT / "bin" / f"{name}-{hashlib.sha256(inputs).hexdigest()[:12]}"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}")
-    done = subprocess.run(
-        [compiler, *FLAGS, "-o", str(fresh), str(source), "-lm"], capture_output=True, text=True, check=False, timeout=120
-    )
+    command = [compiler, *FLAGS, "-o", str(fresh), str(source), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if done.returncode:
         raise RuntimeError(f"{compiler} {source}: {done.stderr}")
     fresh.replace(target)
@@ -79,7 +78,9 @@ def load(
 class Engines:
     """Mock engines in one process: ``count`` replicas on consecutive ports, and a control port."""
 
-    def __init__(self, count: int, *, cpu: int | None = None, log: Path | None = None, ports: Sequence[int] = ()) -> None:
+    def __init__(
+        self, count: int, *, cpu: int | None = None, log: Path | None = None, ports: Sequence[int] = ()
+    ) -> None:
         block = list(ports) or free_ports(count + 1)
         self.control, self.ports = block[0], block[1:]
         command = [str(tool("mock_engine")), "--control", str(self.control)]
@@ -95,7 +96,7 @@ class Engines:
         return [f"http://127.0.0.1:{port}" for port in self.ports]
 
     def configure(self, **settings: int | str) -> None:
-        """Change what the engines do (names: see ``mock_engine.c``); ``port`` limits a mode to one of them."""
+        """Change what the engines do (see ``mock_engine.c``); ``port`` limits a mode to one."""
         if "port" in settings:
             settings = {"port": settings["port"], **settings}
         self._get("/config?" + "&".join(f"{name}={value}" for name, value in settings.items()))

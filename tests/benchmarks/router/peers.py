@@ -1,4 +1,4 @@
-"""The routers that a user would take instead, each in an environment of its own under the user's cache directory."""
+"""The routers that a user would take instead, each in an environment of its own in the user's cache."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def _uv() -> str:
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, check=False, timeout=900, stderr=subprocess.PIPE, text=True, env=_index())
+        done = subprocess.run(
+            command, check=False, timeout=900, stderr=subprocess.PIPE, text=True, env=_index()
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{command[0]}: {error}") from error
     if done.returncode:

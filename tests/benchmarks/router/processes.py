@@ -68,7 +68,13 @@ class Process:
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(log.open("wb")) if log else subprocess.DEVNULL
             self.popen = subprocess.Popen(
-                pinned, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, cwd=cwd, start_new_session=True
+                pinned,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=env,
+                cwd=cwd,
+                start_new_session=True,
             )
         self.pid = self.popen.pid
 

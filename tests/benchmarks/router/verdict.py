@@ -26,7 +26,9 @@ class _Figures:
         found = [(value, name) for name in names if (value := self.get(pattern.format(name))) is not None]
         return (min(found) if smallest else max(found)) if found else None
 
-    def ratio(self, pattern: str, names: Sequence[str], *, smallest: bool = False) -> tuple[float | None, str]:
+    def ratio(
+        self, pattern: str, names: Sequence[str], *, smallest: bool = False
+    ) -> tuple[float | None, str]:
         """Ours over the best of the others, and the words for it."""
         ours, best = self.get(pattern.format("ours")), self.best(pattern, names, smallest=smallest)
         if ours is None or best is None or not best[0]:
@@ -39,7 +41,13 @@ def judge(report: Report) -> None:
     figures = _Figures(report)
 
     def ratio(
-        name: str, pattern: str, names: Sequence[str], target: float, *, at_most: bool = False, smallest: bool = False
+        name: str,
+        pattern: str,
+        names: Sequence[str],
+        target: float,
+        *,
+        at_most: bool = False,
+        smallest: bool = False,
     ) -> None:
         value, detail = figures.ratio(pattern, names, smallest=smallest)
         report.checks.append(Check(name, value, target, at_most=at_most, unit="x", detail=detail))
@@ -89,6 +97,7 @@ def panels(report: Report) -> None:
         ("Slow reader, memory growth", "MB", "slow_reader.{}.rss_growth_mib", False),
     )
     for title, unit, pattern, log in wanted:
-        values = {name: value for name in CONTESTANTS if (value := figures.get(pattern.format(name))) is not None}
+        found = {name: figures.get(pattern.format(name)) for name in CONTESTANTS}
+        values = {name: value for name, value in found.items() if value is not None}
         if values:
             report.panels.append(Panel(title, unit, values, log))

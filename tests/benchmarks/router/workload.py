@@ -13,10 +13,11 @@ from tests.benchmarks.router.contestants import MODEL
 
 BYTES_PER_TOKEN = 4
 """As the mock engine counts."""
-WORDS = (
-    "model token engine cache prefix batch memory page block layer weight stream router replica queue latency "
-    "attention value key query context window sample answer question the of and to in is for with that on as by"
-).split()
+_TEXT = """
+    model token engine cache prefix batch memory page block layer weight stream router replica queue latency
+    attention value key query context window sample answer question the of and to in is for with that on as by
+"""
+WORDS = _TEXT.split()
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def text(rng: random.Random, tokens: int) -> str:
 
 def chat(messages: list[dict[str, str]], *, max_tokens: int, stream: bool) -> bytes:
     """A chat completion in the order in which the openai package serializes it."""
-    return json.dumps({"messages": messages, "model": MODEL, "max_tokens": max_tokens, "stream": stream}).encode()
+    body = {"messages": messages, "model": MODEL, "max_tokens": max_tokens, "stream": stream}
+    return json.dumps(body).encode()
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -60,13 +62,14 @@ def write(path: Path, requests: Iterable[Request]) -> Path:
     """Write the generator's format (see ``loadgen.c``)."""
     with path.open("wb") as file:
         for request in requests:
-            head = struct.pack("<QIIQQ", int(request.at * 1e6), request.session, request.turn, len(request.body), 0)
-            file.write(head + request.body + b"\0" * (-len(request.body) % 8))
+            body = request.body
+            head = struct.pack("<QIIQQ", int(request.at * 1e6), request.session, request.turn, len(body), 0)
+            file.write(head + body + b"\0" * (-len(body) % 8))
     return path
 
 
 def bodies(path: Path, size: int) -> Path:
-    """16 different prompts of ``size`` bytes: a quarter system prompt (4 different ones), then the user's text."""
+    """16 prompts of ``size`` bytes: a quarter is one of 4 system prompts, then comes the user's own text."""
     rng = random.Random(size)
     overhead = len(chat([message("system", ""), message("user", "")], max_tokens=32, stream=False))
     tokens = (size - overhead) // BYTES_PER_TOKEN
@@ -119,8 +122,10 @@ def _trace(path: Path, requests: list[Request], seconds: float, shared: float) -
     return Trace(path, len(requests), seconds, shared)
 
 
-def shared_prefix(path: Path, *, stage_seconds: float, groups: int = 150, users: int = 5, seed: int = 7) -> Trace:
-    """``groups`` system prompts of 6,000 tokens, ``users`` prompts of 1,200 own tokens each, 3 to 60 a second."""
+def shared_prefix(
+    path: Path, *, stage_seconds: float, groups: int = 150, users: int = 5, seed: int = 7
+) -> Trace:
+    """System prompts of 6,000 tokens, each with ``users`` prompts of 1,200 own ones; 3 to 60 a second."""
     rng = random.Random(seed)
     systems = [text(rng, 6000) for _ in range(groups)]
     questions = {(g, u): text(rng, 1200) for g in range(groups) for u in range(users)}

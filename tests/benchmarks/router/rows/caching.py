@@ -1,8 +1,8 @@
 """Rows 4: traces on simulated engines with a prefix cache.
 
-The engines are the mock's simulated ones and not the Python simulator: eight of them share a core with the generator,
-and a Python engine would be the bottleneck there. The model is the same: one prefill at a time at a fixed token rate
-less what an LRU cache of 16-token blocks holds, decoding that slows with the batch.
+The engines are the mock's simulated ones and not the Python simulator: eight of them share a core with the
+generator, and a Python engine would be the bottleneck there. The model is the same: one prefill at a time at
+a fixed token rate less what an LRU cache of 16-token blocks holds, decoding that slows with the batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tests.benchmarks.router.workload import Trace
 REPLICAS = 8
 # An 8B model on a 24 to 48 GB card: 20,000 prompt tokens a second, 262,144 tokens of KV cache.
 ENGINE = {
-    "sim": 1, "sim_rate": 20_000, "sim_blocks": 16_384, "sim_itl_us": 15_000, "sim_slope_us": 100, "sim_running": 256,
-    "sim_overhead_us": 3_000,
+    "sim": 1, "sim_rate": 20_000, "sim_blocks": 16_384, "sim_itl_us": 15_000, "sim_slope_us": 100,
+    "sim_running": 256, "sim_overhead_us": 3_000,
 }  # fmt: skip
 CONTESTANTS = ("ours", "ours-none", "vllm-rr", "vllm-cache", "sglang-rr", "sglang-cache", "haproxy")
 
@@ -44,6 +44,7 @@ def measure(bench: Bench) -> None:
                 trace = make(number)
                 bench.say(f"{key}: {trace.requests} requests, round {number + 1}")
                 for name in bench.chosen(slow=False, only=CONTESTANTS):
+                    bench.say(f"{key}: {name}")
                     sample = _play(bench, name, engines, trace)
                     if sample is not None:
                         taken.setdefault(name, []).append(sample)
@@ -59,7 +60,13 @@ def _play(bench: Bench, name: str, engines: Engines, trace: Trace) -> tuple[Samp
         engines.reset()
         router = started[0]
         sample = bench.sample(
-            router, router.port, trace.path, mode="trace", connections=2000, duration=trace.seconds + 60, timeout=120
+            router,
+            router.port,
+            trace.path,
+            mode="trace",
+            connections=2000,
+            duration=trace.seconds + 60,
+            timeout=120,
         )
         return sample, engines.total("cached_tokens") / max(1, engines.total("prompt_tokens"))
 

@@ -6,6 +6,7 @@ import json
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.benchmarks.router import workload
@@ -33,20 +34,23 @@ def _send(port: int, *, receive_buffer: int | None = None) -> socket.socket:
     client.settimeout(30)
     client.connect(("127.0.0.1", port))
     body = workload.chat([workload.message("user", "hello")], max_tokens=64, stream=True)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nauthorization: Bearer {API_KEY}\r\n"
-    client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    lines = ["POST /v1/chat/completions HTTP/1.1", "host: 127.0.0.1", "content-type: application/json"]
+    lines += [f"authorization: Bearer {API_KEY}", f"content-length: {len(body)}", "", ""]
+    client.sendall("\r\n".join(lines).encode() + body)
     return client
 
 
 def disconnects(bench: Bench) -> None:
     """From the client's close during a silent prefill to the close of the upstream connection.
 
-    Measured twice: with the head of the answer already sent, as vLLM and SGLang do before a stream's first token, and
-    with an engine that is silent altogether.
+    Measured twice: with the head of the answer already sent, as vLLM and SGLang do before a stream's first
+    token, and with an engine that is silent altogether.
     """
-    cases = (("disconnect", 1, "client leaves in a prefill"), ("disconnect_before_head", 0, "…before the answer's head"))
     with bench.engines() as engines, bench.running(bench.chosen(), engines) as started:
-        for key, early, title in cases:
+        for key, early, title in (
+            ("disconnect", 1, "client leaves in a prefill"),
+            ("disconnect_before_head", 0, "...before the answer's head"),
+        ):
             engines.configure(prefill_us=int(PREFILL_SECONDS * 1e6), headers_early=early)
             for router in started:
                 bench.say(f"{key}: {router.name}")
@@ -57,7 +61,9 @@ def disconnects(bench: Bench) -> None:
                 bench.report.put_series(f"{key}.{router.name}.upstream_close_ms", taken)
                 bench.report.put(f"{key}.{router.name}.upstream_close_max_ms", max(taken))
                 note = "only when the first token comes" if late else f"max {max(taken):.1f}"
-                bench.row(title, router.name, **{"close ms": f"{statistics.median(taken):,.2f}", "note": note})
+                bench.row(
+                    title, router.name, **{"close ms": f"{statistics.median(taken):,.2f}", "note": note}
+                )
 
 
 def _disconnect(router: Running, engines: Engines) -> float:
@@ -72,9 +78,9 @@ def _disconnect(router: Running, engines: Engines) -> float:
     return max(0.0, (ended - began) / 1e6)
 
 
-def _until(condition: object, seconds: float) -> None:
+def _until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"nothing happened within {seconds:g} s")
         time.sleep(0.02)
@@ -109,25 +115,35 @@ def _read_slowly(router: Running, engines: Engines, seconds: float) -> tuple[flo
 
 def table_update(bench: Bench) -> None:
     """Longest answer time while tables of 1,000 models with 10,000 endpoints are taken over."""
-    names = bench.chosen(only=["ours"])
-    with bench.engines() as engines, bench.running(names, engines) as started:
+    with bench.engines() as engines, bench.running(bench.chosen(only=["ours"]), engines) as started:
         requests = workload.bodies(bench.directory / "bodies-table", 2_000)
         for router in started:
             bench.say("table update: 1,000 models, 10,000 endpoints")
-            routes = router.directory / "routes.json"
-            _write_table(routes, engines.urls, 0)
-            _until(lambda: ask(router.port, "probe-0") == 200, 20)
-            quiet = _longest(bench, router, requests, 3.0)
-            taken: list[float] = []
-            for version in range(1, 4 if bench.quick else 8):
-                _write_table(routes, engines.urls, version)
-                taken.append(_longest(bench, router, requests, 2.0).ms("latency", "max"))
-                _until(lambda v=version: ask(router.port, f"probe-{v}") == 200, 20)  # type: ignore[misc]
-            bench.report.put_series("table_update.pause_ms", taken)
-            bench.report.put("table_update.longest_pause_ms", max(taken))
-            bench.report.put("table_update.quiet_max_ms", quiet.ms("latency", "max"))
-            cells = {"p99 ms": f"max {max(taken):.1f}", "note": f"quiet: max {quiet.ms('latency', 'max'):.1f}"}
-            bench.row("table of 10,000 endpoints changes", router.name, **cells)
+            _update(bench, router, engines, requests)
+
+
+def _update(bench: Bench, router: Running, engines: Engines, requests: Path) -> None:
+    routes = router.directory / "routes.json"
+
+    def write(version: int) -> None:
+        _write_table(routes, engines.urls, version)
+
+    def taken_over(version: int) -> None:
+        _until(lambda: ask(router.port, f"probe-{version}") == 200, 20)
+
+    write(0)
+    taken_over(0)
+    quiet = _longest(bench, router, requests, 3.0).ms("latency", "max")
+    taken: list[float] = []
+    for version in range(1, 4 if bench.quick else 8):
+        write(version)
+        taken.append(_longest(bench, router, requests, 2.0).ms("latency", "max"))
+        taken_over(version)
+    bench.report.put_series("table_update.pause_ms", taken)
+    bench.report.put("table_update.longest_pause_ms", max(taken))
+    bench.report.put("table_update.quiet_max_ms", quiet)
+    cells = {"p99 ms": f"max {max(taken):.1f}", "note": f"quiet: max {quiet:.1f}"}
+    bench.row("table of 10,000 endpoints changes", router.name, **cells)
 
 
 def _longest(bench: Bench, router: Running, requests: Path, seconds: float) -> Sample:
@@ -136,16 +152,23 @@ def _longest(bench: Bench, router: Running, requests: Path, seconds: float) -> S
 
 def _write_table(path: Path, urls: list[str], version: int) -> None:
     """The measured model on real engines; 1,000 others whose endpoints move with each version."""
-    models = []
-    for index in range(1000):
-        endpoints = [
-            {"id": f"m{index}-{version}-{e}", "url": f"http://127.1.{index // 250}.{1 + e}:{20000 + index}", "state": "Ready"}
-            for e in range(10)
-        ]
-        models.append({"name": f"model-{index}", "weights": {"a": 1}, "variants": [{"name": "a", "endpoints": endpoints}]})
-    real = [{"id": f"r{i}", "url": url, "state": "Ready"} for i, url in enumerate(urls)]
-    for name in (MODEL, f"probe-{version}"):
-        models.append({"name": name, "weights": {"bf16": 1}, "variants": [{"name": "bf16", "endpoints": real}]})
+
+    def model(name: str, endpoints: list[tuple[str, str]]) -> dict[str, object]:
+        served = [{"id": ident, "url": url, "state": "Ready"} for ident, url in endpoints]
+        return {"name": name, "weights": {"a": 1}, "variants": [{"name": "a", "endpoints": served}]}
+
+    models = [
+        model(
+            f"model-{index}",
+            [
+                (f"m{index}-{version}-{e}", f"http://127.1.{index // 250}.{1 + e}:{20000 + index}")
+                for e in range(10)
+            ],
+        )
+        for index in range(1000)
+    ]
+    real = [(f"r{index}", url) for index, url in enumerate(urls)]
+    models += [model(name, real) for name in (MODEL, f"probe-{version}")]
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps({"models": models}))
     fresh.replace(path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
+from functools import partial
+from pathlib import Path
 
 from tests.benchmarks.router import workload
 from tests.benchmarks.router.bench import DIRECT, Bench, Sample, spread
+from tests.benchmarks.router.contestants import CONTESTANTS
+from tests.benchmarks.router.native import Engines
 
 SIZES = {"2KB": 2_000, "32KB": 32_000, "220KB": 220_000}
 CONNECTIONS = (1, 32, 256)
@@ -17,36 +20,33 @@ def measure(bench: Bench) -> None:
     """Requests a second and core, added latency, memory."""
     with bench.engines() as engines:
         for size, length in SIZES.items():
-            if bench.quick and size == "220KB":
-                continue
-            requests = workload.bodies(bench.directory / f"bodies-{size}", length)
-            with bench.running(bench.chosen(), engines) as started:
-                routers = {router.name: router for router in started}
-                for connections in CONNECTIONS:
-                    names = [DIRECT] + [
-                        name
-                        for name in routers
-                        if (size, connections) in SLOW_LIMITS or name != "litellm"
-                    ]
-                    bench.say(f"{size} bodies, {connections} connections: {', '.join(names)}")
+            if not (bench.quick and size == "220KB"):
+                _size(bench, engines, size, workload.bodies(bench.directory / f"bodies-{size}", length))
 
-                    def once(name: str, connections: int = connections) -> Sample:
-                        router = routers.get(name)
-                        port = router.port if router else engines.ports[0]
-                        duration = 1.0 if bench.quick else 2.5
-                        return bench.sample(router, port, requests, connections=connections, duration=duration)
 
-                    with contextlib.suppress(KeyError):
-                        for name in names:
-                            bench.sample(
-                                routers.get(name), routers[name].port if name in routers else engines.ports[0],
-                                requests, connections=connections, duration=0.3,
-                            )  # fmt: skip
-                    _keep(bench, f"{size}.c{connections}", bench.interleaved(names, once))
+def _size(bench: Bench, engines: Engines, size: str, requests: Path) -> None:
+    with bench.running(bench.chosen(), engines) as started:
+        routers = {router.name: router for router in started}
+
+        def once(name: str, connections: int, duration: float) -> Sample:
+            router = routers.get(name)
+            port = router.port if router else engines.ports[0]
+            return bench.sample(router, port, requests, connections=connections, duration=duration)
+
+        for connections in CONNECTIONS:
+            slow = (size, connections) in SLOW_LIMITS
+            names = [DIRECT, *(name for name in routers if slow or not CONTESTANTS[name].slow)]
+            bench.say(f"{size} bodies, {connections} connections: {', '.join(names)}")
+            for name in names:  # connections and caches are made before anything counts
+                once(name, connections, 0.3)
+            duration = 1.0 if bench.quick else 2.5
+            measured = partial(once, connections=connections, duration=duration)
+            _keep(bench, f"{size}.c{connections}", bench.interleaved(names, measured))
 
 
 def _keep(bench: Bench, key: str, samples: dict[str, list[Sample]]) -> None:
-    base = {figure: statistics.median(s.ms("latency", figure) for s in samples[DIRECT]) for figure in ("p50", "p99")}
+    direct = samples[DIRECT]
+    base = {f: statistics.median(s.ms("latency", f) for s in direct) for f in ("p50", "p99")}
     size, connections = key.split(".c")
     for name, taken in samples.items():
         figures = f"requests.{key}.{name}"
@@ -56,7 +56,8 @@ def _keep(bench: Bench, key: str, samples: dict[str, list[Sample]]) -> None:
         put(f"{figures}.p99_ms", [s.ms("latency", "p99") for s in taken])
         failed = sum(s.failed for s in taken)
         bench.report.put(f"{figures}.failed", failed)
-        cells = {"req/s": f"{statistics.median(s.per_second for s in taken):,.0f}", "failed": str(failed or "")}
+        delivered = statistics.median(s.per_second for s in taken)
+        cells = {"req/s": f"{delivered:,.0f}", "failed": str(failed or "")}
         if name == DIRECT:
             cells["p50 ms"] = f"{base['p50']:.3f}"
             cells["p99 ms"] = f"{base['p99']:.3f}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 from tests.benchmarks.router import workload
 from tests.benchmarks.router.bench import DIRECT, Bench, Sample, spread
+from tests.benchmarks.router.native import Engines
 
 STREAMS = (64, 300, 1000)
 TOKENS = 250
@@ -16,20 +18,20 @@ def measure(bench: Bench) -> None:
     requests = workload.streams(bench.directory / "streams", tokens=TOKENS)
     with bench.engines(interval_us=20_000) as engines:
         for count in STREAMS[:2] if bench.quick else STREAMS:
-            names = bench.chosen(slow=count == STREAMS[0])
-            with bench.running(names, engines) as started:
-                routers = {router.name: router for router in started}
-                bench.say(f"{count} streams: {', '.join(routers)}")
+            _streams(bench, engines, count, requests)
 
-                def once(name: str, count: int = count) -> Sample:
-                    router = routers.get(name)
-                    port = router.port if router else engines.ports[0]
-                    duration = 3.5 if bench.quick else 7.0
-                    return bench.sample(
-                        router, port, requests, connections=count, duration=duration, ramp=1.0, warmup=1.5, timeout=120
-                    )
 
-                _keep(bench, count, bench.interleaved([DIRECT, *routers], once, rounds=min(bench.rounds, 2)))
+def _streams(bench: Bench, engines: Engines, count: int, requests: Path) -> None:
+    with bench.running(bench.chosen(slow=count == STREAMS[0]), engines) as started:
+        routers = {router.name: router for router in started}
+        bench.say(f"{count} streams: {', '.join(routers)}")
+        options = {"connections": count, "duration": 3.5 if bench.quick else 7.0, "ramp": 1.0, "warmup": 1.5}
+
+        def once(name: str) -> Sample:
+            router = routers.get(name)
+            return bench.sample(router, router.port if router else engines.ports[0], requests, **options)
+
+        _keep(bench, count, bench.interleaved([DIRECT, *routers], once, rounds=min(bench.rounds, 2)))
 
 
 def _keep(bench: Bench, count: int, samples: dict[str, list[Sample]]) -> None:
@@ -39,7 +41,8 @@ def _keep(bench: Bench, count: int, samples: dict[str, list[Sample]]) -> None:
         chunks = [int(s.figures["chunks"]) for s in taken]
         put(f"{figures}.chunk_delay_p50_ms", [s.ms("chunk_delay", "p50") for s in taken])
         put(f"{figures}.chunk_delay_p99_ms", [s.ms("chunk_delay", "p99") for s in taken])
-        put(f"{figures}.chunks_per_s", [c / float(s.figures["seconds"]) for c, s in zip(chunks, taken, strict=True)])
+        rates = [c / float(s.figures["seconds"]) for c, s in zip(chunks, taken, strict=True)]
+        put(f"{figures}.chunks_per_s", rates)
         failed = sum(s.failed for s in taken)
         bench.report.put(f"{figures}.failed", failed)
         cells = {
