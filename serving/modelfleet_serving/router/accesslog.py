@@ -63,6 +63,8 @@ class AccessLog:
             return
         request = exchange.request
         endpoint = exchange.endpoint
+        reply = exchange.reply
+        usage = (reply.usage if reply is not None else None) or (0, 0)
         self._waiting.append(
             Entry(
                 time=round(time.time(), 3),
@@ -77,10 +79,10 @@ class AccessLog:
                 replica=endpoint.id if endpoint is not None else "",
                 fallback=exchange.fallback_from or "",
                 tenant=exchange.salt,
-                first_byte=exchange.first_byte,
+                first_byte=reply.first_byte if reply is not None else None,
                 attempts=exchange.attempts,
-                input_tokens=exchange.input_tokens,
-                output_tokens=exchange.output_tokens,
+                input_tokens=usage[0],
+                output_tokens=usage[1],
             )
         )
 

@@ -10,6 +10,7 @@ import msgspec
 from modelfleet_serving.router.errors import RequestError
 
 _MISSING: Final = msgspec.Raw(b"")
+_NO: Final = frozenset({b"", b"false", b"null", b"0", b'"false"'})
 
 
 class Peek(msgspec.Struct, gc=False):
@@ -22,13 +23,31 @@ class Peek(msgspec.Struct, gc=False):
     input: msgspec.Raw = _MISSING
     system: msgspec.Raw = _MISSING
     tools: msgspec.Raw = _MISSING
+    stream_options: msgspec.Raw = _MISSING
+    max_tokens: msgspec.Raw = _MISSING
+    max_completion_tokens: msgspec.Raw = _MISSING
+
+    @property
+    def streams(self) -> bool:
+        """Whether it asks for a stream, by the same lenient reading that engines apply."""
+        return bytes(self.stream) not in _NO
+
+    @property
+    def output_limit(self) -> int:
+        """Tokens that it wants at most; 0 when it doesn't say."""
+        for raw in (self.max_completion_tokens, self.max_tokens):
+            text = bytes(raw)
+            if text.isdigit():
+                return int(text[:12])
+        return 0
 
 
 _decode: Final = msgspec.json.Decoder(Peek).decode
 
 # One token of JSON that is known to be well-formed: a string, or a character that changes the structure.
 _TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
-_MODEL_KEY: Final = b'"model"'
+_QUOTE: Final = 0x22
+_COLON: Final = 0x3A
 
 _BOUNDARY: Final = re.compile(rb'(?:^|;)\s*boundary=(?:"([^"\r\n]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE)
 _DISPOSITION: Final = re.compile(rb"^content-disposition:\s*form-data\s*(.*)$", re.IGNORECASE | re.MULTILINE)
@@ -57,49 +76,78 @@ def peek_json(body: bytes) -> Peek:
         ) from error
 
 
-def wants_stream(raw: msgspec.Raw) -> bool:
-    """Whether ``stream`` asks for a stream, by the same lenient reading that engines apply."""
-    text = bytes(raw)
-    return text not in (b"", b"false", b"null", b"0", b'"false"')
-
-
 def replace_model(body: bytes, name: str) -> bytes:
     """``body`` with the value of its top-level ``model`` replaced; every other byte stays.
 
     ``body`` must have passed :func:`peek_json`. Of a repeated key the last one counts, as in every JSON
     reader that engines use.
     """
-    start, end = _model_span(body)
-    return b"".join((body[:start], msgspec.json.encode(name), body[end:]))
+    return _replace(body, "model", msgspec.json.encode(name))
 
 
-def _model_span(body: bytes) -> tuple[int, int]:
+def has_usage_option(peek: Peek) -> bool:
+    """Whether the client asked for the usage event of its stream."""
+    if not peek.stream_options:
+        return False
+    options = msgspec.json.decode(peek.stream_options)
+    return isinstance(options, dict) and bool(options.get("include_usage"))
+
+
+def request_usage(body: bytes, peek: Peek) -> bytes:
+    """``body`` with ``stream_options.include_usage`` switched on."""
+    options = msgspec.json.decode(peek.stream_options) if peek.stream_options else None
+    value = msgspec.json.encode({**(options if isinstance(options, dict) else {}), "include_usage": True})
+    if peek.stream_options:
+        return _replace(body, "stream_options", value)
+    start = body.index(b"{") + 1
+    return b"".join((body[:start], b'"stream_options":', value, b",", body[start:]))
+
+
+def _replace(body: bytes, key: str, value: bytes) -> bytes:
+    start, end = _member_span(body, key)
+    return b"".join((body[:start], value, body[end:]))
+
+
+def _member_span(body: bytes, name: str) -> tuple[int, int]:
+    """Where the value of a top-level member stands; of several the last one."""
     depth = 0
-    key: bytes | None = None
-    expects_key = in_model = False
+    expects_key = False
+    start = -1
+    inside = False
     span = (-1, -1)
     for match in _TOKEN.finditer(body):
-        start = match.start()
-        token = body[start]
-        if token == 0x22:
-            if depth != 1:
-                continue
-            if expects_key:
-                key = match[0]
+        token = body[match.start()]
+        if token == _QUOTE:
+            if depth == 1 and expects_key:
                 expects_key = False
-                in_model = key == _MODEL_KEY or (b"\\" in key and msgspec.json.decode(key) == "model")
-            elif in_model:
-                span = (start, match.end())
+                inside = _is_key(match[0], name)
         elif token in b"{[":
             depth += 1
             expects_key = depth == 1
         elif token in b"}]":
             depth -= 1
-        elif token == 0x2C and depth == 1:
-            expects_key, in_model = True, False
-    if span[0] < 0:
-        raise RequestError(400, "the request body names no model", code="invalid_body", param="model")
-    return span
+            if depth == 0 and inside:
+                span = (start, match.start())
+        elif depth == 1:
+            if token == _COLON:
+                start = match.end()
+            else:
+                if inside:
+                    span = (start, match.start())
+                expects_key, inside = True, False
+    return _trimmed(body, span)
+
+
+def _is_key(token: bytes, name: str) -> bool:
+    if b"\\" in token:
+        return bool(msgspec.json.decode(token) == name)
+    return token[1:-1] == name.encode()
+
+
+def _trimmed(body: bytes, span: tuple[int, int]) -> tuple[int, int]:
+    start, end = span
+    value = body[start:end]
+    return start + len(value) - len(value.lstrip()), end - len(value) + len(value.rstrip())
 
 
 def multipart_model(body: bytes, content_type: bytes) -> tuple[int, int]:

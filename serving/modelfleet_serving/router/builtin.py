@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.request import Request
     from modelfleet_serving.router.table import Target
+    from modelfleet_serving.router.tenants import Tenant
 
 _JSON: Final = b"content-type: application/json\r\n"
 _TEXT: Final = b"content-type: text/plain; charset=utf-8\r\n"
@@ -50,17 +51,25 @@ def _read(exchange: Exchange, path: bytes) -> None:
     elif path == b"/metrics":
         worker.answer_metrics(exchange)
     elif path == MODELS_PATH:
-        data = [entry for target in worker.table.targets() for entry in _entries(target)]
+        data = [
+            entry for target in worker.table.targets() for entry in _entries(target, exchange.request.tenant)
+        ]
         exchange.answer(200, _JSON, _encode({"object": "list", "data": data}))
     else:
         name = unquote(path[len(MODELS_PATH) + 1 :].decode("latin-1"))
         target = worker.table.resolve(name)
+        if exchange.request.tenant is not None:
+            exchange.request.tenant.check(target.name, target.pin)
         exchange.answer(200, _JSON, _encode(_entry(target, target.pin)))
 
 
-def _entries(target: Target) -> list[dict[str, object]]:
-    """A model or adapter, and each of its variants by its own name."""
-    return [_entry(target, None), *(_entry(target, variant) for variant in target.model.variants)]
+def _entries(target: Target, tenant: Tenant | None) -> list[dict[str, object]]:
+    """A model or adapter, and each of its variants by its own name, as far as a tenant may use them."""
+    if tenant is not None and not tenant.allows(target.name):
+        return []
+    allowed = tenant.variants_of(target.name) if tenant is not None else None
+    variants = [name for name in target.model.variants if allowed is None or name in allowed]
+    return [_entry(target, None), *(_entry(target, variant) for variant in variants)]
 
 
 def _entry(target: Target, variant: str | None) -> dict[str, object]:

@@ -1,6 +1,6 @@
-"""Counts of what engines have to do, shared by the worker processes of one router.
+"""Memory that the worker processes of one router share.
 
-Every counter is a row with one cell per worker. A worker writes only its own cell, so no lock is needed, and
+Counters stand in rows with one cell per worker. A worker writes only its own cell, so no lock is needed, and
 the count of a row is the sum of its cells. The cells of a worker that died are zeroed by the supervisor: a
 crash leaks nothing.
 """
@@ -11,54 +11,81 @@ import contextlib
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Final
 
+from xxhash import xxh3_64_intdigest
+
 from modelfleet_serving.router.affinity import DEFAULT_BYTES
+from modelfleet_serving.router.tenants import RATES
 
 ROWS: Final = 65_536
+TENANT_ROWS: Final = 16_384
 _CELL: Final = 4
+_TAG: Final = (1 << 63) - 1
 
 
 class Counters:
-    """Rows of shared counters, seen by one worker.
+    """The shared memory, as one worker sees it.
 
     Attributes:
-        cells: all cells, row by row; this worker's cell of ``row`` is ``row * workers + worker``.
+        cells: requests in flight, row by row; this worker's cell of ``row`` is ``row * workers + worker``.
         reading: likewise, KiB of prompts that an engine has got and not begun to answer.
-        prefixes: memory of the prefix table, which the workers share as well.
+        running: likewise, requests in flight by tenant.
+        rates: what tenants used, ``RATES`` a row.
+        tags: whose row each is, see :class:`TenantRows`.
+        prefixes: memory of the prefix table.
     """
 
-    __slots__ = ("_memory", "cells", "fd", "prefixes", "reading", "worker", "workers")
+    __slots__ = (
+        "_memory",
+        "cells",
+        "fd",
+        "prefixes",
+        "rates",
+        "reading",
+        "running",
+        "tags",
+        "worker",
+        "workers",
+    )
 
-    def __init__(self, workers: int = 1, worker: int = 0, fd: int | None = None, rows: int = ROWS) -> None:
+    def __init__(self, workers: int = 1, worker: int = 0, fd: int | None = None) -> None:
         """Maps the memory behind ``fd``, or makes it when there is none."""
-        size = 2 * rows * workers * _CELL + DEFAULT_BYTES
+        counts = ROWS * workers * _CELL
+        tenants = TENANT_ROWS * workers * _CELL
+        sizes = (DEFAULT_BYTES, TENANT_ROWS * 8, TENANT_ROWS * RATES * 8, counts, counts, tenants)
         if fd is None:
             fd = _anonymous_file()
-            os.ftruncate(fd, size)
+            os.ftruncate(fd, sum(sizes))
         self.fd = fd
         self.workers = workers
         self.worker = worker
-        self._memory = mmap.mmap(fd, size)
+        self._memory = mmap.mmap(fd, sum(sizes))
         whole = memoryview(self._memory)
-        self.prefixes = whole[:DEFAULT_BYTES]
-        middle = DEFAULT_BYTES + rows * workers * _CELL
-        self.cells = whole[DEFAULT_BYTES:middle].cast("i")
-        self.reading = whole[middle:].cast("i")
+        parts = []
+        start = 0
+        for size in sizes:
+            parts.append(whole[start : start + size])
+            start += size
+        self.prefixes, tags, rates, cells, reading, running = parts
+        self.tags: memoryview[int] = tags.cast("q")
+        self.rates: memoryview[float] = rates.cast("d")
+        self.cells, self.reading, self.running = cells.cast("i"), reading.cast("i"), running.cast("i")
 
     def cell(self, row: int) -> int:
         """Index of this worker's cell of a row."""
         return row * self.workers + self.worker
 
     def total(self, row: int) -> int:
-        """Count over all workers."""
+        """Requests in flight of a row, over all workers."""
         if self.workers == 1:
             return self.cells[row]
         start = row * self.workers
         return sum(self.cells[start : start + self.workers])
 
     def total_reading(self, row: int) -> int:
-        """KiB of unanswered prompts over all workers."""
+        """KiB of unanswered prompts of a row, over all workers."""
         if self.workers == 1:
             return self.reading[row]
         start = row * self.workers
@@ -66,15 +93,16 @@ class Counters:
 
     def clear_worker(self, worker: int) -> None:
         """Forgets what a worker that is gone had counted."""
-        for cells in (self.cells, self.reading):
+        for cells in (self.cells, self.reading, self.running):
             for index in range(worker, len(cells), self.workers):
                 if cells[index]:
                     cells[index] = 0
 
     def close(self) -> None:
-        """Unmaps the memory, unless something still looks at it; then the process's end does."""
-        self.cells.release()
-        self.reading.release()
+        """Unmaps the memory, unless something still looks at it; then the end of the process does."""
+        for view in (self.cells, self.reading, self.running, self.tags):
+            view.release()
+        self.rates.release()
         with contextlib.suppress(BufferError):
             self._memory.close()
         os.close(self.fd)
@@ -87,11 +115,47 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
+class TenantRows:
+    """Rows of tenants that every worker finds alike: an open hash table in the shared memory.
+
+    Each row has a tag of its tenant's name. Two workers that claim the same free row for different
+    tenants at the same moment are told apart at the next look: the one whose tag was lost moves on.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    def row(self, name: str) -> int:
+        """The row of a tenant."""
+        tags = self._counters.tags
+        digest = xxh3_64_intdigest(name.encode())
+        tag = (digest & _TAG) or 1
+        row = digest % TENANT_ROWS
+        for _ in range(TENANT_ROWS):
+            found = tags[row]
+            if found == tag:
+                return row
+            if not found:
+                tags[row] = tag
+                return row
+            row = (row + 1) % TENANT_ROWS
+        return digest % TENANT_ROWS
+
+    def add(self, name: str, change: int) -> None:
+        """A request of a tenant begins (1) or ends (-1)."""
+        self._counters.running[self._counters.cell(self.row(name))] += change
+
+    def total(self, name: str) -> int:
+        """Requests of a tenant in flight, over all workers."""
+        start = self.row(name) * self._counters.workers
+        return sum(self._counters.running[start : start + self._counters.workers])
+
+
 class RowAllocator:
     """Hands rows to keys. A row goes back only when its count is zero, so no late decrement hits another."""
 
-    def __init__(self, counters: Counters, rows: int = ROWS) -> None:
-        self._counters = counters
+    def __init__(self, total: Callable[[int], int], rows: int = ROWS) -> None:
+        self._total = total
         self._free = list(range(rows - 1, 0, -1))
         self._rows: dict[str, int] = {}
         self._retired: list[int] = []
@@ -112,7 +176,7 @@ class RowAllocator:
 
     def collect(self) -> None:
         """Frees retired rows whose count has come to zero."""
-        still = [row for row in self._retired if self._counters.total(row)]
+        still = [row for row in self._retired if self._total(row)]
         if len(still) != len(self._retired):
             waiting = set(still)
             self._free.extend(row for row in self._retired if row not in waiting)

@@ -41,7 +41,7 @@ class Hub:
 
     def __init__(self, counters: Counters, router_id: str) -> None:
         self.counters = counters
-        self.rows = RowAllocator(counters)
+        self.rows = RowAllocator(counters.total)
         self.links: list[Link] = []
         self.epoch = ""
         self.version = 0

@@ -6,14 +6,17 @@ events, so that an error, a comment or another replica's continuation can follow
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.response import ChunkScanner, FramingError
+from modelfleet_serving.router.usage import KEY as USAGE_KEY
 
 if TYPE_CHECKING:
-    from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.reply import Reply
 
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
+_NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _EVENT_ENDS: Final = (b"\n\n\r\n", b"\r\n\r\n\r\n")
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
@@ -26,10 +29,10 @@ def frame(payload: bytes) -> bytes:
 class SizedRelay:
     """A body of known length, or one without: that ends with the connection."""
 
-    __slots__ = ("_exchange", "_left")
+    __slots__ = ("_left", "_reply")
 
-    def __init__(self, exchange: Exchange, length: int) -> None:
-        self._exchange = exchange
+    def __init__(self, reply: Reply, length: int) -> None:
+        self._reply = reply
         self._left = length
 
     def feed(self, data: bytes) -> None:
@@ -37,11 +40,11 @@ class SizedRelay:
         left = self._left - len(data)
         if left > 0:
             self._left = left
-            self._exchange.write(data)
+            self._reply.write(data)
         elif left == 0:
-            self._exchange.write_last(data, reusable=True)
+            self._reply.write_last(data, reusable=True)
         else:
-            self._exchange.write_last(data[:left], reusable=False)
+            self._reply.write_last(data[:left], reusable=False)
 
     def eof(self) -> bool:
         """Whether the end of the connection is the end of the body."""
@@ -51,19 +54,19 @@ class SizedRelay:
 class ChunkedRelay:
     """A chunked body that is no stream of events, to a client that takes chunks."""
 
-    __slots__ = ("_exchange", "_scanner")
+    __slots__ = ("_reply", "_scanner")
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
         self._scanner = ChunkScanner()
 
     def feed(self, data: bytes) -> None:
         """Passes chunks on as they are."""
         end = self._scanner.feed(data)
         if end < 0:
-            self._exchange.write(data)
+            self._reply.write(data)
         else:
-            self._exchange.write_last(data[:end], reusable=end == len(data))
+            self._reply.write_last(data[:end], reusable=end == len(data))
 
     def eof(self) -> bool:
         """A chunked body ends with its last chunk only."""
@@ -73,10 +76,10 @@ class ChunkedRelay:
 class PlainRelay:
     """Any body to a client without chunks (HTTP/1.0), or one that ends with the engine's connection."""
 
-    __slots__ = ("_chunked_out", "_exchange", "_scanner")
+    __slots__ = ("_chunked_out", "_reply", "_scanner")
 
-    def __init__(self, exchange: Exchange, *, chunked_in: bool, chunked_out: bool) -> None:
-        self._exchange = exchange
+    def __init__(self, reply: Reply, *, chunked_in: bool, chunked_out: bool) -> None:
+        self._reply = reply
         self._scanner = ChunkScanner() if chunked_in else None
         self._chunked_out = chunked_out
 
@@ -93,25 +96,25 @@ class PlainRelay:
             payload = frame(payload)
         if end >= 0:
             last = payload + LAST_CHUNK if self._chunked_out else payload
-            self._exchange.write_last(last, reusable=end == len(data))
+            self._reply.write_last(last, reusable=end == len(data))
         elif payload:
-            self._exchange.write(payload)
+            self._reply.write(payload)
 
     def eof(self) -> bool:
         """Ends the client's body when the engine's ends with its connection."""
         if self._scanner is not None:
             return False
-        self._exchange.write_last(LAST_CHUNK if self._chunked_out else b"", reusable=False)
+        self._reply.write_last(LAST_CHUNK if self._chunked_out else b"", reusable=False)
         return True
 
 
 class EventRelay:
     """A stream of server-sent events, cut between events only."""
 
-    __slots__ = ("_chunked_out", "_exchange", "_pending", "_scanner")
+    __slots__ = ("_chunked_out", "_pending", "_reply", "_scanner")
 
-    def __init__(self, exchange: Exchange, *, chunked_in: bool, chunked_out: bool) -> None:
-        self._exchange = exchange
+    def __init__(self, reply: Reply, *, chunked_in: bool, chunked_out: bool) -> None:
+        self._reply = reply
         self._scanner = ChunkScanner() if chunked_in else None
         self._chunked_out = chunked_out
         self._pending = b""
@@ -122,14 +125,20 @@ class EventRelay:
         if scanner is None:
             self._split(data, -1, reusable=False)
             return
-        if self._chunked_out and not self._pending and scanner.at_boundary:
+        reply = self._reply
+        if (
+            self._chunked_out
+            and not self._pending
+            and scanner.at_boundary
+            and not (reply.strip_usage and USAGE_KEY in data)
+        ):
             end = scanner.feed(data)
             if end < 0:
                 if data.endswith(_EVENT_ENDS) and scanner.at_boundary:
-                    self._exchange.write_events(data)
+                    reply.write_events(data)
                     return
             elif end == len(data):
-                self._exchange.write_last(data, reusable=True)
+                reply.write_last(data, reusable=True)
                 return
             # Not the common case: read it again, for its contents.
             scanner = self._scanner = ChunkScanner()
@@ -139,20 +148,28 @@ class EventRelay:
 
     def _split(self, payload: bytes, end: int, *, reusable: bool) -> None:
         payload = self._pending + payload
-        if end >= 0:
-            self._pending = b""
-            self._exchange.write_last(
-                self._frame(payload) + (LAST_CHUNK if self._chunked_out else b""), reusable=reusable
-            )
-            return
-        cut = max(payload.rfind(b"\n\n") + 2, payload.rfind(b"\r\n\r\n") + 4)
-        if cut < 4:
-            cut = cut if payload[:cut].endswith(b"\n\n") else 0
+        cut = len(payload) if end >= 0 else _last_event_end(payload)
         self._pending = payload[cut:]
         if len(self._pending) > MAX_EVENT_BYTES:
             raise FramingError(f"an event exceeds {MAX_EVENT_BYTES} bytes")
-        if cut:
-            self._exchange.write_events(self._frame(payload[:cut]))
+        events = payload[:cut]
+        if self._reply.strip_usage and USAGE_KEY in events:
+            events = self._without_usage(events)
+        if end >= 0:
+            last = LAST_CHUNK if self._chunked_out else b""
+            self._reply.write_last(self._frame(events) + last, reusable=reusable)
+        elif events:
+            self._reply.write_events(self._frame(events))
+
+    def _without_usage(self, events: bytes) -> bytes:
+        """Leaves out the event that only tells the usage, which the router had asked for."""
+        kept = []
+        for event in events.split(b"\n\n"):
+            if USAGE_KEY in event and _NO_CHOICES.search(event):
+                self._reply.saw_usage(event)
+            else:
+                kept.append(event)
+        return b"\n\n".join(kept)
 
     def _frame(self, payload: bytes) -> bytes:
         return frame(payload) if payload and self._chunked_out else payload
@@ -163,3 +180,10 @@ class EventRelay:
             return False
         self._split(b"", 0, reusable=False)
         return True
+
+
+def _last_event_end(payload: bytes) -> int:
+    """Where the last whole event ends; 0 when there is none."""
+    plain = payload.rfind(b"\n\n")
+    crlf = payload.rfind(b"\r\n\r\n")
+    return max(plain + 2 if plain >= 0 else 0, crlf + 4 if crlf >= 0 else 0)

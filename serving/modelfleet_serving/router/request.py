@@ -14,9 +14,13 @@ from modelfleet_serving.contract import (
     HEADER_VARIANT,
 )
 from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.tenants import Tenant
 
 HEADER_TIMEOUT: Final = "x-modelfleet-timeout"
 """Seconds that a client gives its request, as a decimal number."""
+
+HEADER_KEEP_ALIVE: Final = "x-modelfleet-keepalive"
+"""Seconds between comments that a streaming client wants while its request waits for an engine."""
 
 _DROP: Final = 1
 _LENGTH: Final = 3
@@ -52,6 +56,7 @@ HEADER_CODES: Final[dict[bytes, int]] = {
     HEADER_VARIANT.encode(): _TAKE,
     HEADER_PRIORITY.encode(): _TAKE,
     HEADER_TIMEOUT.encode(): _TAKE,
+    HEADER_KEEP_ALIVE.encode(): _TAKE,
     HEADER_SESSION.encode(): _KEEP,
     HEADER_REPLICA.encode(): _DROP,
     HEADER_FALLBACK.encode(): _DROP,
@@ -85,6 +90,9 @@ class Request:
     complete = False
     size = 0
     body = b""
+    tenant: Tenant | None = None
+    refusal: RequestError | None = None
+    """Why it is not to be served; said once its body is read."""
 
     def __init__(self, received_at: float) -> None:
         self.received_at = received_at

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 WRITE_HIGH_WATER: Final = 256 * 1024
+_SMALL_BODY: Final = 64 * 1024
+"""A refused request up to this size is read first: its connection stays usable."""
 _LINGER_BYTES: Final = 4 * 1024 * 1024
 _LINGER_SECONDS: Final = 2.0
 _MAX_TRAILERS: Final = 64
@@ -182,7 +184,11 @@ class ClientConnection(asyncio.Protocol):
             )
         if request.length > settings.max_body_bytes:
             raise self._too_large()
-        self.worker.admit(request)
+        self.worker.tenancy.identify(request)
+        if request.refusal is not None and (request.length > _SMALL_BODY or request.chunked):
+            raise request.refusal
+        if self.worker.buffered + request.length > settings.max_buffered_bytes:
+            raise RequestError(503, "too many request bodies in memory", code="overloaded", retry_after=1.0)
         if request.expects_continue and not request.http10 and self.exchange is None:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = request.received_at + settings.body_timeout

@@ -25,8 +25,9 @@ from modelfleet_serving.contract import (
     VariantRoute,
 )
 from modelfleet_serving.router.affinity import seed_of
-from modelfleet_serving.router.choice import UNLIMITED, Pool, VariantPlan
+from modelfleet_serving.router.choice import Pool, VariantPlan
 from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.health import OutlierDetector, Outliers, RetryBudget, limit_of
 from modelfleet_serving.router.observe import VariantStats
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class EndpointRef:
         "authority",
         "capacity",
         "cell",
+        "circuit",
         "host",
         "id",
         "idle",
@@ -79,6 +81,8 @@ class EndpointRef:
         self.variant = variant
         self.row = row
         self.cell = cell
+        self.ready = False
+        self.circuit = variant.health.circuit(spec.id)
         self.idle: list[UpstreamConnection] = []
         self._blocks: dict[str, bytes] = {}
         self.tls, self.host, self.port, self.authority, self.path = parse_endpoint_url(spec.url)
@@ -87,16 +91,17 @@ class EndpointRef:
 
     def update(self, spec: Endpoint) -> None:
         """Takes over what may change in an endpoint's life."""
+        was_ready = self.ready
         self.state = spec.state
         self.ready = spec.state is EndpointState.READY
         self.capacity = spec.capacity
-        self.limit = self.capacity_limit() if self.ready else 0
+        if self.ready and not was_ready:
+            # Started anew, says its supervisor: what it did before doesn't count.
+            self.variant.health.forget(self.id)
+            self.circuit = self.variant.health.circuit(self.id)
+        self.limit = limit_of(self, self.circuit)
         self.revision = spec.revision
         self.adapters = frozenset(spec.adapters)
-
-    def capacity_limit(self) -> int:
-        """Requests that it takes while it is well."""
-        return UNLIMITED if self.capacity is None else self.capacity
 
     def headers(self, model: str) -> bytes:
         """Header lines that tell a client who answered."""
@@ -113,13 +118,14 @@ class EndpointRef:
 class VariantRef:
     """One variant of a model with its engines."""
 
-    __slots__ = ("endpoints", "model", "name", "pool", "stats")
+    __slots__ = ("endpoints", "health", "model", "name", "pool", "stats")
 
     def __init__(self, name: str, model: ModelRef) -> None:
         self.name = name
         self.model = model
         self.endpoints: list[EndpointRef] = []
         self.pool: Pool[EndpointRef] = Pool(())
+        self.health: OutlierDetector = OutlierDetector(Outliers(), random.Random())  # noqa: S311 - spreads probes
         self.stats = VariantStats(model=model.name, variant=name)
 
 
@@ -129,6 +135,7 @@ class ModelRef:
     __slots__ = (
         "adapters",
         "affinity",
+        "budget",
         "name",
         "namespace",
         "plan",
@@ -142,6 +149,7 @@ class ModelRef:
         self.name = spec.name
         self.row = row
         self.stats = VariantStats(model=spec.name, variant="")
+        self.budget = RetryBudget()
         self.take(spec, {})
 
     def take(self, spec: ModelRoute, variants: dict[str, VariantRef]) -> None:
@@ -247,6 +255,11 @@ class Table:
                 ref.update(endpoint)
             endpoints.append(ref)
         variant.endpoints = endpoints
+        variant.health.ready = sum(ref.ready for ref in endpoints)
+        ids = {ref.id for ref in endpoints}
+        for ref in known.values():
+            if ref.id not in ids:
+                variant.health.forget(ref.id)
         variant.pool = Pool(endpoints, spec.revision_weights, random.random())  # noqa: S311 - a share, no secret
         for ref in known.values():
             ref.ready = False

@@ -12,7 +12,6 @@ from email.utils import formatdate
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.accesslog import AccessLog
-from modelfleet_serving.router.affinity import PrefixTable
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
 from modelfleet_serving.router.hub import TableChange
@@ -20,11 +19,12 @@ from modelfleet_serving.router.observe import Snapshot
 from modelfleet_serving.router.server import ClientConnection
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.table import EndpointRef, Table
+from modelfleet_serving.router.tenancy import Tenancy
 from modelfleet_serving.router.tracing import Tracing
 from modelfleet_serving.router.upstream import Connector
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.request import Request
@@ -61,7 +61,9 @@ class Worker:
             idle_limit=settings.pool_idle,
             idle_timeout=settings.pool_idle_timeout,
         )
-        self.dispatcher = Dispatcher(self, PrefixTable(counters.prefixes))
+        self.tenancy = Tenancy(settings.tenants, counters, loop)
+        self.buffered = 0
+        self.dispatcher = Dispatcher(self)
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.access_log = AccessLog(settings.access_log, loop) if settings.access_log else None
@@ -71,6 +73,7 @@ class Worker:
         self.cors = bool(settings.cors_origins)
         self.date_line = b""
         self.refused: dict[int, int] = {}
+        self._spawn(self.tenancy.follow())
         self._request_ids = itertools.count()
         self._request_prefix = secrets.token_hex(12).encode()
         self._sweep_handle: asyncio.TimerHandle | None = None
@@ -108,13 +111,17 @@ class Worker:
         table.publish()
         for endpoint in gone:
             self.connector.drop(endpoint)
-        self.dispatcher.pump_all()
+        self.dispatcher.waiting.sweep(self.loop.time())
 
     def _row_of(self, key: str) -> int:
         return self._rows.get(key, 0)
 
     async def snapshot(self) -> Snapshot:
         """What this worker has counted."""
+        queued = self.dispatcher.waiting.queued()
+        for model in self.table.models.values():
+            for stats in (model.stats, *(variant.stats for variant in model.variants.values())):
+                stats.queued = queued.get((model.name, stats.variant), 0)
         variants = [
             stats
             for model in self.table.models.values()
@@ -139,7 +146,7 @@ class Worker:
             for client in tuple(self.clients):
                 if client.deadline <= now or client.full:
                     client.sweep(now)
-        self.dispatcher.pump_all()
+        self.dispatcher.sweep(now)
         if self.access_log is not None and self._sweeps % 5 == 0:
             self.access_log.flush()
         if self.draining and not self.active:
@@ -149,17 +156,15 @@ class Worker:
 
     # --- What requests ask ---
 
-    def admit(self, request: Request) -> None:
-        """Refuses a request before its body is read."""
-
     def forwarded_headers(self, exchange: Exchange) -> bytes:
         """Further lines for the engine: credentials where they are its to check, the trace's parent."""
         special = exchange.request.special
         lines = b""
-        for name in (b"authorization", b"x-api-key"):
-            value = special.get(name)
-            if value is not None:
-                lines += name + b": " + value + b"\r\n"
+        if not self.tenancy.enabled:
+            for name in (b"authorization", b"x-api-key"):
+                value = special.get(name)
+                if value is not None:
+                    lines += name + b": " + value + b"\r\n"
         if exchange.span is not None and self.tracing is not None:
             exchange.request.drop_line(b"traceparent")
             lines += self.tracing.header(exchange.span)
@@ -188,7 +193,10 @@ class Worker:
 
     def answer_metrics(self, exchange: Exchange) -> None:
         """Answers a scrape with the figures of all workers."""
-        task = self.loop.create_task(self._answer_metrics(exchange))
+        self._spawn(self._answer_metrics(exchange))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -199,19 +207,30 @@ class Worker:
 
     # --- Accounts ---
 
-    def count(self, exchange: Exchange, status: int, now: float) -> None:
+    def count(self, exchange: Exchange) -> None:
         """Counts a finished request."""
-        endpoint = exchange.endpoint
+        now = self.loop.time()
         seconds = now - exchange.started
+        reply = exchange.reply
+        status = reply.status if reply is not None else 499
+        endpoint = exchange.endpoint
         if endpoint is not None:
             stats = endpoint.variant.stats
             stats.duration.observe(seconds)
-        elif exchange.routed:
-            stats = exchange.target.model.stats
+            if exchange.fallback_from:
+                stats.fallbacks += 1
+            statuses = stats.statuses
         else:
-            stats = None
-        statuses = self.refused if stats is None else stats.statuses
+            statuses = exchange.target.model.stats.statuses if exchange.routed else self.refused
         statuses[status] = statuses.get(status, 0) + 1
+        lease = exchange.lease
+        if lease is not None:
+            if reply is not None and reply.usage is not None:
+                lease.settle(now, *reply.usage)
+            elif reply is None or reply.first_byte is None:
+                lease.settle(now, 0, 0)
+            else:
+                lease.settle(now)
         if self.access_log is not None:
             self.access_log.record(exchange, status, seconds)
         if exchange.span is not None and self.tracing is not None:
@@ -248,8 +267,9 @@ class Worker:
             self._sweep_handle.cancel()
         for client in tuple(self.clients):
             client.transport.abort()
-        for task in self._tasks:
+        for task in tuple(self._tasks):
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.connector.close()
         if self.access_log is not None:
             await self.access_log.close()

@@ -1,0 +1,229 @@
+"""The answer to one request, as it goes to the client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from modelfleet_serving.contract import HEADER_FALLBACK
+from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.relay import (
+    LAST_CHUNK,
+    ChunkedRelay,
+    EventRelay,
+    PlainRelay,
+    SizedRelay,
+    frame,
+)
+from modelfleet_serving.router.usage import KEY as USAGE_KEY
+from modelfleet_serving.router.usage import read_usage
+
+if TYPE_CHECKING:
+    from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.response import ResponseHead
+    from modelfleet_serving.router.upstream import UpstreamConnection
+
+_TUNNEL = b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+    b"transfer-encoding: chunked\r\n"
+)
+
+
+class Reply:
+    """What the client gets, and what it was.
+
+    Attributes:
+        status: 0 before there is one.
+        opened: a stream's head was sent before any engine answered, to keep the client's connection alive.
+        events: the body is a stream of events.
+        first_byte: seconds from the request to the engine's first byte.
+        usage: input and output tokens by the engine's word.
+        strip_usage: the client did not ask for the stream's usage event.
+    """
+
+    __slots__ = (
+        "_last_usage",
+        "chunk_time",
+        "events",
+        "exchange",
+        "first_byte",
+        "opened",
+        "relay",
+        "stats",
+        "status",
+        "strip_usage",
+        "transport",
+        "usage",
+    )
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.transport = exchange.client.transport
+        self.status = 0
+        self.events = self.opened = False
+        self.strip_usage = exchange.strip_usage
+        self.first_byte: float | None = None
+        self.chunk_time = 0.0
+        self.usage: tuple[int, int] | None = None
+        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | None = None
+        self._last_usage = b""
+
+    # --- The beginning ---
+
+    def open(self) -> None:
+        """Begins a stream of events before any engine answers."""
+        exchange = self.exchange
+        self.opened = self.events = True
+        self.status = 200
+        extra = exchange.lease.headers if exchange.lease is not None else b""
+        if exchange.worker.cors:
+            extra += exchange.worker.cors_headers(exchange.request)
+        self.transport.write(
+            b"".join((_STREAM_HEAD, extra, b"x-request-id: ", exchange.request_id, b"\r\n\r\n"))
+        )
+
+    def comment(self, text: bytes) -> None:
+        """A line that clients of event streams ignore."""
+        self.transport.write(frame(b": " + text + b"\n\n"))
+
+    def begin(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
+        """Passes on an engine's head and what came of the body with it."""
+        exchange = self.exchange
+        worker = exchange.worker
+        now = worker.loop.time()
+        endpoint = connection.endpoint
+        self.stats = endpoint.variant.stats
+        self.first_byte = waited = now - exchange.started
+        self.stats.first_byte.observe(waited)
+        self.chunk_time = now
+        connection.stays = head.keep_alive
+        if self.opened:
+            self._begin_opened(connection, head, rest)
+            return
+        self.status = head.status
+        framing = self._choose_relay(head)
+        extra = exchange.lease.headers if exchange.lease is not None else b""
+        if exchange.fallback_from:
+            extra += f"{HEADER_FALLBACK}: {exchange.fallback_from}\r\n".encode()
+        if worker.cors:
+            extra += worker.cors_headers(exchange.request)
+        start = b"".join(
+            (
+                head.lines,
+                framing,
+                endpoint.headers(exchange.target.name),
+                extra,
+                b"x-request-id: ",
+                exchange.request_id,
+                b"\r\n\r\n",
+            )
+        )
+        if head.status == 101:
+            exchange.open_tunnel(connection, start + rest)
+        elif self.relay is None:
+            self.write_last(start, reusable=not rest)
+        elif len(rest) == head.length:
+            self.write_last(start + rest, reusable=True)
+        else:
+            self.transport.write(start)
+            connection.body = self.relay.feed
+            if rest:
+                self.relay.feed(rest)
+
+    def _begin_opened(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
+        if head.status != 200 or not head.events:
+            message = f"the engine answered {head.status} after the stream was opened"
+            self.exchange.cut_off(connection, RequestError(502, message, code="engine_failed"))
+            return
+        self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
+        connection.body = self.relay.feed
+        if rest:
+            self.relay.feed(rest)
+
+    def _choose_relay(self, head: ResponseHead) -> bytes:
+        """Decides how the body passes, and returns the header lines that say so."""
+        if head.status == 101:
+            return _TUNNEL
+        request = self.exchange.request
+        http10 = request.http10
+        stays = self.exchange.client_stays()
+        self.events = head.events
+        if head.status in (204, 304):
+            return b"\r\n" if stays else b"\r\nconnection: close\r\n"
+        if head.length >= 0:
+            self.relay = SizedRelay(self, head.length) if head.length else None
+            if stays and not http10:
+                return b"\r\ncontent-length: %d\r\n" % head.length
+            word = b"keep-alive" if stays else b"close"
+            return b"\r\nconnection: %b\r\ncontent-length: %d\r\n" % (word, head.length)
+        if head.events:
+            self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=not http10)
+        elif head.chunked and not http10:
+            self.relay = ChunkedRelay(self)
+        else:
+            self.relay = PlainRelay(self, chunked_in=head.chunked, chunked_out=not http10)
+        if http10:
+            request.keep_alive = False
+            return b"\r\nconnection: close\r\n"
+        connection = b"" if stays else b"connection: close\r\n"
+        return b"\r\n" + connection + b"transfer-encoding: chunked\r\n"
+
+    # --- The body: called by the relays ---
+
+    def write(self, data: bytes) -> None:
+        """Passes a piece of the body on."""
+        self.chunk_time = self.exchange.worker.loop.time()
+        self.transport.write(data)
+
+    def write_events(self, data: bytes) -> None:
+        """Passes whole events on."""
+        now = self.exchange.worker.loop.time()
+        self.stats.gap.observe(now - self.chunk_time)
+        self.chunk_time = now
+        if USAGE_KEY in data:
+            self._last_usage = data
+        self.transport.write(data)
+
+    def write_last(self, data: bytes, *, reusable: bool) -> None:
+        """Passes the end of the answer on."""
+        if data:
+            self.transport.write(data)
+            if self.status == 200:
+                self._read_usage(data)
+        self.exchange.answered(reusable=reusable)
+
+    def saw_usage(self, event: bytes) -> None:
+        """An event with usage that is kept from the client."""
+        self._last_usage = event
+
+    def _read_usage(self, last: bytes) -> None:
+        usage = read_usage(last) or (read_usage(self._last_usage) if self._last_usage else None)
+        if usage is not None:
+            self.usage = usage
+            self.stats.input_tokens += usage[0]
+            self.stats.output_tokens += usage[1]
+
+    # --- The end that should not be ---
+
+    def end_with_error(self, error: RequestError) -> bool:
+        """Ends an answer that has begun so that nobody takes it for whole.
+
+        Returns:
+            Whether the client's connection may go on.
+        """
+        exchange = self.exchange
+        if not self.events:
+            return False
+        anthropic = exchange.operation.anthropic
+        event = b"data: " + error.body(anthropic=anthropic) + b"\n\n"
+        if anthropic:
+            event = b"event: error\n" + event
+        if exchange.request.http10:
+            self.transport.write(event)
+            return False
+        if self.relay is None:
+            # Nothing of an engine's has gone out: the error is the whole answer.
+            self.transport.write(frame(event) + LAST_CHUNK)
+            return True
+        self.transport.write(frame(event))
+        return False

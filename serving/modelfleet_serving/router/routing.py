@@ -1,0 +1,80 @@
+"""What a request asks for: its model and variant, and what the engine is told instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from modelfleet_serving.router.api import Kind
+from modelfleet_serving.router.body import (
+    has_usage_option,
+    multipart_model,
+    peek_json,
+    replace_model,
+    request_usage,
+)
+from modelfleet_serving.router.builtin import query_value
+from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.table import Target
+
+if TYPE_CHECKING:
+    from modelfleet_serving.router.exchange import Exchange
+
+_STREAMED: Final = (Kind.CHAT, Kind.COMPLETION)
+
+
+def find_target(exchange: Exchange) -> Target:
+    """The target of a request. Its body names the bare model afterwards.
+
+    Raises:
+        RequestError: 400 or 404.
+    """
+    request = exchange.request
+    kind = exchange.operation.kind
+    span: tuple[int, int] | None = None
+    if kind is Kind.MULTIPART:
+        span = multipart_model(request.body, request.special.get(b"content-type", b""))
+        name: str | None = request.body[span[0] : span[1]].decode("utf-8", "replace")
+    elif kind is Kind.WEBSOCKET:
+        name = query_value(request.query, b"model") or request.text("x-modelfleet-model")
+    else:
+        exchange.peek = peek_json(request.body)
+        name = exchange.peek.model
+    if not name:
+        raise RequestError(400, "you must provide a model parameter", code="missing_model", param="model")
+    target = exchange.worker.table.resolve(name)
+    pin = request.special.get(b"x-modelfleet-variant")
+    if pin is not None:
+        target = _pin(target, pin.strip().decode("latin-1"))
+    if target.name != name:
+        if kind is Kind.WEBSOCKET:
+            request.target = request.path + b"?" + _rename_in_query(request.query, target.name)
+        elif span is not None:
+            before, after = request.body[: span[0]], request.body[span[1] :]
+            request.body = b"".join((before, target.name.encode(), after))
+        else:
+            request.body = replace_model(request.body, target.name)
+    return target
+
+
+def _pin(target: Target, variant: str) -> Target:
+    if target.pin is not None and target.pin != variant:
+        message = f"the model names the variant {target.pin!r}, the header {variant!r}"
+        raise RequestError(400, message, code="variant_conflict", param="model")
+    return target.pinned(variant)
+
+
+def _rename_in_query(query: bytes, name: str) -> bytes:
+    return b"&".join(
+        b"model=" + name.encode() if part.partition(b"=")[0] == b"model" else part
+        for part in query.split(b"&")
+    )
+
+
+def prepare_usage(exchange: Exchange) -> None:
+    """Makes a stream tell what it used, where its client did not ask for that."""
+    peek = exchange.peek
+    if peek is None or not peek.streams or exchange.operation.kind not in _STREAMED:
+        return
+    if not has_usage_option(peek):
+        exchange.request.body = request_usage(exchange.request.body, peek)
+        exchange.strip_usage = True
