@@ -89,7 +89,7 @@ def fingerprint(prompt: Buffer, seed: int = 0, before: Sequence[Buffer] = ()) ->
             seed = xxh3_64_intdigest(part, seed)
             base += size
     size = view.nbytes - 1
-    while size > 0 and view[size] in b" \t\r\n":
+    while size > 0 and view[size - 1] in b" \t\r\n":
         size -= 1
     hashes: list[int] = []
     skip = 0
