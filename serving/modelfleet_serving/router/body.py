@@ -85,24 +85,6 @@ def replace_model(body: bytes, name: str) -> bytes:
     return _replace(body, "model", msgspec.json.encode(name))
 
 
-def has_usage_option(peek: Peek) -> bool:
-    """Whether the client asked for the usage event of its stream."""
-    if not peek.stream_options:
-        return False
-    options = msgspec.json.decode(peek.stream_options)
-    return isinstance(options, dict) and bool(options.get("include_usage"))
-
-
-def request_usage(body: bytes, peek: Peek) -> bytes:
-    """``body`` with ``stream_options.include_usage`` switched on."""
-    options = msgspec.json.decode(peek.stream_options) if peek.stream_options else None
-    value = msgspec.json.encode({**(options if isinstance(options, dict) else {}), "include_usage": True})
-    if peek.stream_options:
-        return _replace(body, "stream_options", value)
-    start = body.index(b"{") + 1
-    return b"".join((body[:start], b'"stream_options":', value, b",", body[start:]))
-
-
 def _replace(body: bytes, key: str, value: bytes) -> bytes:
     start, end = _member_span(body, key)
     return b"".join((body[:start], value, body[end:]))

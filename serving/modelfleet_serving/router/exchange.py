@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from modelfleet_serving.router import builtin
 from modelfleet_serving.router.affinity import Fingerprint
-from modelfleet_serving.router.api import OPERATIONS, Operation
+from modelfleet_serving.router.api import OPERATIONS, Kind, Operation
+from modelfleet_serving.router.continuation import NotContinuableError, continue_stream
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
 from modelfleet_serving.router.reply import Reply
@@ -47,6 +48,7 @@ class Exchange:
         "_fresh_retry",
         "_next_comment",
         "attempts",
+        "body",
         "client",
         "deadline",
         "endpoint",
@@ -92,6 +94,7 @@ class Exchange:
         self.started = request.received_at
         self.routed = self.finished = self.tunnel = self.prompt_read = self.strip_usage = False
         self._fresh_retry = False
+        self.body = request.body
         self.order: tuple[VariantRef, ...] = ()
         self.tried: list[EndpointRef] = []
         self.attempts = self.reading = 0
@@ -131,6 +134,7 @@ class Exchange:
             self._read_options()
             if self.tenant is not None:
                 self._admit(self.tenant)
+            self.body = request.body
             if worker.tracing is not None:
                 self.span = worker.tracing.begin(self)
             worker.active.add(self)
@@ -187,7 +191,7 @@ class Exchange:
         deadline = worker.loop.time() + worker.settings.first_byte_timeout
         self.deadline = min(deadline, self.expires)
         request = self.request
-        body = request.body
+        body = self.body
         endpoint = connection.endpoint
         if request.upgrades:
             framing = b"connection: upgrade\r\nupgrade: websocket\r\nx-request-id: "
@@ -223,6 +227,11 @@ class Exchange:
         """The engine's answer begins."""
         worker = self.worker
         endpoint = connection.endpoint
+        if self.began and (head.status != 200 or not head.events):
+            worker.dispatcher.failed(endpoint, Failure.STATUS)
+            self._detach(connection)
+            self._go_on(f"answered {head.status}")
+            return
         if head.status in _RETRIED_STATUSES:
             worker.dispatcher.failed(endpoint, Failure.STATUS)
             if self._try_elsewhere(connection, head.status):
@@ -294,7 +303,8 @@ class Exchange:
     def _lost(self, connection: UpstreamConnection, reason: str, *, broken: bool = False) -> None:
         if self.began:
             self.worker.dispatcher.failed(connection.endpoint, Failure.BROKEN)
-            self.cut_off(connection, self._engine_error(502, reason))
+            self._detach(connection)
+            self._go_on(reason)
             return
         self._detach(connection)
         if connection.reused and not self._fresh_retry and not broken:
@@ -325,6 +335,9 @@ class Exchange:
         self.worker.log_failure(endpoint, reason)
         dispatcher = self.worker.dispatcher
         dispatcher.failed(endpoint, failure)
+        if self.began:
+            self._go_on(reason)
+            return
         other = dispatcher.alternative(self)
         if other is not None:
             self._move(other)
@@ -337,6 +350,41 @@ class Exchange:
         self._fresh_retry = False
         self._release()
         self.worker.dispatcher.assign(self, other)
+
+    def _go_on(self, reason: str) -> None:
+        """Lets another engine of the variant go on with a stream, or ends it with an error."""
+        endpoint, reply = self.endpoint, self.reply
+        assert endpoint is not None  # noqa: S101 - it has begun to answer
+        assert reply is not None  # noqa: S101
+        recorder = reply.recorder
+        failed = self._engine_error(502, reason)
+        if recorder is None:
+            self.cut_off(None, failed)
+            return
+        self.order = (endpoint.variant,)
+        other = self.worker.dispatcher.alternative(self)
+        try:
+            going_on = continue_stream(
+                self.operation.kind is Kind.CHAT,
+                self.request.body,
+                recorder.read(),
+                source=endpoint.id,
+                target=other.id if other is not None else "",
+            )
+        except NotContinuableError as error:
+            failed.message += f"; {error}"
+            self.cut_off(None, failed)
+            return
+        self.worker.log_failure(endpoint, reason)
+        if going_on.body is None:
+            reply.close_stream(going_on.closing)
+        elif other is None:
+            self.cut_off(None, failed)
+        else:
+            endpoint.variant.stats.failures += 1
+            reply.splice = going_on.splice
+            self.body = going_on.body
+            self._move(other)
 
     def cut_off(self, connection: UpstreamConnection | None, error: RequestError) -> None:
         """Ends an answer that has begun and can't be finished."""
@@ -358,7 +406,7 @@ class Exchange:
     def fail(self, error: RequestError) -> None:
         """Answers with an error of the router's own."""
         reply = self.reply
-        if reply is not None and reply.opened:
+        if reply is not None and (reply.opened or reply.first_byte is not None):
             self.cut_off(self.upstream, error)
             return
         operation = OPERATIONS.get(self.request.path)
@@ -390,8 +438,9 @@ class Exchange:
             error = RequestError(504, "the request's own deadline is over", code="deadline_exceeded")
             self._stop(error)
         elif self.began:
-            idle = self.worker.settings.idle_timeout
-            self._stop(self._engine_error(502, f"sent nothing for {idle:g} s"))
+            if self.upstream is not None:
+                self._detach(self.upstream)
+            self._go_on(f"sent nothing for {self.worker.settings.idle_timeout:g} s")
         elif self.endpoint is not None:
             if self.upstream is not None:
                 self._detach(self.upstream)

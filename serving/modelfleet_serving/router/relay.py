@@ -6,17 +6,15 @@ events, so that an error, a comment or another replica's continuation can follow
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Final
 
+from modelfleet_serving.router.continuation import MAY_HOLD_USAGE, Splice
 from modelfleet_serving.router.response import ChunkScanner, FramingError
-from modelfleet_serving.router.usage import KEY as USAGE_KEY
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.reply import Reply
 
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
-_NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _EVENT_ENDS: Final = (b"\n\n\r\n", b"\r\n\r\n\r\n")
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
@@ -130,7 +128,7 @@ class EventRelay:
             self._chunked_out
             and not self._pending
             and scanner.at_boundary
-            and not (reply.strip_usage and USAGE_KEY in data)
+            and not (reply.strip_usage and MAY_HOLD_USAGE in data)
         ):
             end = scanner.feed(data)
             if end < 0:
@@ -153,23 +151,13 @@ class EventRelay:
         if len(self._pending) > MAX_EVENT_BYTES:
             raise FramingError(f"an event exceeds {MAX_EVENT_BYTES} bytes")
         events = payload[:cut]
-        if self._reply.strip_usage and USAGE_KEY in events:
-            events = self._without_usage(events)
+        if self._reply.strip_usage and MAY_HOLD_USAGE in events:
+            events = self._reply.without_usage(events)
         if end >= 0:
             last = LAST_CHUNK if self._chunked_out else b""
             self._reply.write_last(self._frame(events) + last, reusable=reusable)
         elif events:
             self._reply.write_events(self._frame(events))
-
-    def _without_usage(self, events: bytes) -> bytes:
-        """Leaves out the event that only tells the usage, which the router had asked for."""
-        kept = []
-        for event in events.split(b"\n\n"):
-            if USAGE_KEY in event and _NO_CHOICES.search(event):
-                self._reply.saw_usage(event)
-            else:
-                kept.append(event)
-        return b"\n\n".join(kept)
 
     def _frame(self, payload: bytes) -> bytes:
         return frame(payload) if payload and self._chunked_out else payload
@@ -179,6 +167,43 @@ class EventRelay:
         if self._scanner is not None:
             return False
         self._split(b"", 0, reusable=False)
+        return True
+
+
+class SpliceRelay:
+    """The stream of an engine that goes on for one that died, made into the rest of the client's stream."""
+
+    __slots__ = ("_chunked_out", "_reply", "_scanner", "_splice")
+
+    def __init__(self, reply: Reply, splice: Splice, *, chunked_in: bool, chunked_out: bool) -> None:
+        self._reply = reply
+        self._splice = splice
+        self._scanner = ChunkScanner() if chunked_in else None
+        self._chunked_out = chunked_out
+
+    def feed(self, data: bytes) -> None:
+        """Passes on what the client has not had yet."""
+        end = -1
+        payload = data
+        if self._scanner is not None:
+            out: list[bytes] = []
+            end = self._scanner.feed(data, out)
+            payload = b"".join(out)
+        events = self._splice.feed(payload)
+        if self._splice.diverged:
+            raise FramingError(f"did not go on where the other one had stopped: {self._splice.diverged}")
+        if self._reply.strip_usage and MAY_HOLD_USAGE in events:
+            events = self._reply.without_usage(events)
+        if events:
+            self._reply.write_events(frame(events) if self._chunked_out else events)
+        if end >= 0:
+            self._reply.write_last(LAST_CHUNK if self._chunked_out else b"", reusable=end == len(data))
+
+    def eof(self) -> bool:
+        """Ends the client's stream when the engine's ends with its connection."""
+        if self._scanner is not None:
+            return False
+        self._reply.write_last(LAST_CHUNK if self._chunked_out else b"", reusable=False)
         return True
 
 

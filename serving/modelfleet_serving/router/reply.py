@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from modelfleet_serving.contract import HEADER_FALLBACK
+from modelfleet_serving.router.api import Kind
+from modelfleet_serving.router.continuation import Recorder, Splice, strip_usage
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.relay import (
     LAST_CHUNK,
@@ -12,6 +14,7 @@ from modelfleet_serving.router.relay import (
     EventRelay,
     PlainRelay,
     SizedRelay,
+    SpliceRelay,
     frame,
 )
 from modelfleet_serving.router.usage import KEY as USAGE_KEY
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.response import ResponseHead
     from modelfleet_serving.router.upstream import UpstreamConnection
 
+_CONTINUABLE = (Kind.CHAT, Kind.COMPLETION)
 _TUNNEL = b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
@@ -39,6 +43,8 @@ class Reply:
         first_byte: seconds from the request to the engine's first byte.
         usage: input and output tokens by the engine's word.
         strip_usage: the client did not ask for the stream's usage event.
+        recorder: keeps what the client has got of a stream that another engine could go on with.
+        splice: joins the stream of the engine that goes on.
     """
 
     __slots__ = (
@@ -48,7 +54,9 @@ class Reply:
         "exchange",
         "first_byte",
         "opened",
+        "recorder",
         "relay",
+        "splice",
         "stats",
         "status",
         "strip_usage",
@@ -65,7 +73,9 @@ class Reply:
         self.first_byte: float | None = None
         self.chunk_time = 0.0
         self.usage: tuple[int, int] | None = None
-        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | None = None
+        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | SpliceRelay | None = None
+        self.recorder: Recorder | None = None
+        self.splice: Splice | None = None
         self._last_usage = b""
 
     # --- The beginning ---
@@ -93,10 +103,13 @@ class Reply:
         now = worker.loop.time()
         endpoint = connection.endpoint
         self.stats = endpoint.variant.stats
+        connection.stays = head.keep_alive
+        if self.splice is not None:
+            self._go_on(connection, head, rest, self.splice)
+            return
         self.first_byte = waited = now - exchange.started
         self.stats.first_byte.observe(waited)
         self.chunk_time = now
-        connection.stays = head.keep_alive
         if self.opened:
             self._begin_opened(connection, head, rest)
             return
@@ -136,6 +149,21 @@ class Reply:
             self.exchange.cut_off(connection, RequestError(502, message, code="engine_failed"))
             return
         self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
+        self._record(chunked=True)
+        connection.body = self.relay.feed
+        if rest:
+            self.relay.feed(rest)
+
+    def _record(self, *, chunked: bool) -> None:
+        exchange = self.exchange
+        if exchange.operation.kind in _CONTINUABLE and exchange.worker.settings.continue_streams:
+            self.recorder = Recorder(chunked=chunked)
+
+    def _go_on(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes, splice: Splice) -> None:
+        """Passes on the stream of an engine that goes on for one that died."""
+        http10 = self.exchange.request.http10
+        self.relay = SpliceRelay(self, splice, chunked_in=head.chunked, chunked_out=not http10)
+        self.stats.continued += 1
         connection.body = self.relay.feed
         if rest:
             self.relay.feed(rest)
@@ -158,6 +186,7 @@ class Reply:
             return b"\r\nconnection: %b\r\ncontent-length: %d\r\n" % (word, head.length)
         if head.events:
             self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=not http10)
+            self._record(chunked=not http10)
         elif head.chunked and not http10:
             self.relay = ChunkedRelay(self)
         else:
@@ -182,6 +211,8 @@ class Reply:
         self.chunk_time = now
         if USAGE_KEY in data:
             self._last_usage = data
+        if self.recorder is not None:
+            self.recorder.add(data)
         self.transport.write(data)
 
     def write_last(self, data: bytes, *, reusable: bool) -> None:
@@ -192,9 +223,10 @@ class Reply:
                 self._read_usage(data)
         self.exchange.answered(reusable=reusable)
 
-    def saw_usage(self, event: bytes) -> None:
-        """An event with usage that is kept from the client."""
-        self._last_usage = event
+    def without_usage(self, events: bytes) -> bytes:
+        """Leaves out the event that tells nothing but the usage, for which the router had asked."""
+        self._last_usage = events
+        return strip_usage(events)
 
     def _read_usage(self, last: bytes) -> None:
         usage = read_usage(last) or (read_usage(self._last_usage) if self._last_usage else None)
@@ -227,3 +259,10 @@ class Reply:
             return True
         self.transport.write(frame(event))
         return False
+
+    def close_stream(self, events: bytes) -> None:
+        """Ends a stream whose engine died after the last of its text."""
+        if self.exchange.request.http10:
+            self.write_last(events, reusable=False)
+        else:
+            self.write_last((frame(events) if events else b"") + LAST_CHUNK, reusable=False)

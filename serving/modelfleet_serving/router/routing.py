@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.api import Kind
-from modelfleet_serving.router.body import (
-    has_usage_option,
-    multipart_model,
-    peek_json,
-    replace_model,
-    request_usage,
-)
+from modelfleet_serving.router.body import multipart_model, peek_json, replace_model
 from modelfleet_serving.router.builtin import query_value
+from modelfleet_serving.router.continuation import ask_usage
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.table import Target
 
@@ -75,6 +70,5 @@ def prepare_usage(exchange: Exchange) -> None:
     peek = exchange.peek
     if peek is None or not peek.streams or exchange.operation.kind not in _STREAMED:
         return
-    if not has_usage_option(peek):
-        exchange.request.body = request_usage(exchange.request.body, peek)
-        exchange.strip_usage = True
+    request = exchange.request
+    request.body, exchange.strip_usage = ask_usage(request.body, bytes(peek.stream_options))
