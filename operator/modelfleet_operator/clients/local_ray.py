@@ -67,6 +67,7 @@ class LocalRay:
         self.directory = directory
         self.token_file = directory / "ray-token"
         self.log = directory / "ray.log"
+        self.engine_logs = directory / "engines"
         self.temp_dir = _temp_dir(directory)
         self.address = ""
         """``HOST:PORT`` of the cluster's control service."""
@@ -143,6 +144,7 @@ class LocalRay:
         self.token_file.touch(mode=0o600)
         self.token_file.write_text(secrets.token_hex(32))
         self.log.unlink(missing_ok=True)
+        shutil.rmtree(self.engine_logs, ignore_errors=True)
 
     async def _launch(self) -> None:
         gcs_port, dashboard_port = free_port(), free_port()
@@ -194,6 +196,7 @@ class LocalRay:
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
             "RAY_task_events_report_interval_ms": "0",
+            "MODELFLEET_LOG_DIR": str(self.engine_logs),
             **self._environment,
         }
 
