@@ -75,9 +75,7 @@ class Bench:
     @contextlib.contextmanager
     def engines(self, count: int = ENGINES, **settings: int | str) -> Iterator[Engines]:
         """Mock engines on their core."""
-        with Engines(count, cpu=self.cores.engines) as engines:
-            if settings:
-                engines.configure(**settings)
+        with Engines(count, cpu=self.cores.engines, settings=settings) as engines:
             yield engines
 
     def chosen(self, *, slow: bool = True, only: Sequence[str] | None = None) -> list[str]:

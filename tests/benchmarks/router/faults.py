@@ -62,9 +62,7 @@ class Fleet:
 
     def start(self, index: int) -> None:
         """Start a replica on its port."""
-        engine = Engines(1, log=self.logs()[index], ports=self.ports[index])
-        engine.configure(**SETTINGS)
-        self.engines[index] = engine
+        self.engines[index] = Engines(1, log=self.logs()[index], ports=self.ports[index], settings=SETTINGS)
 
     def kill(self, index: int) -> None:
         """End a replica without a word."""

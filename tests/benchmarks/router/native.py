@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,19 +75,30 @@ def load(
     return figures
 
 
+def _query(settings: Mapping[str, int | str]) -> str:
+    return "&".join(f"{name}={value}" for name, value in settings.items())
+
+
 class Engines:
     """Mock engines in one process: ``count`` replicas on consecutive ports, and a control port."""
 
     def __init__(
-        self, count: int, *, cpu: int | None = None, log: Path | None = None, ports: Sequence[int] = ()
+        self,
+        count: int,
+        *,
+        cpu: int | None = None,
+        log: Path | None = None,
+        ports: Sequence[int] = (),
+        settings: Mapping[str, int | str] | None = None,
     ) -> None:
         block = list(ports) or free_ports(count + 1)
         self.control, self.ports = block[0], block[1:]
-        command = [str(tool("mock_engine")), "--control", str(self.control)]
-        command += ["--ports", f"{self.ports[0]}-{self.ports[-1]}"]
+        command = [str(tool("mock_engine")), "--ports", f"{self.ports[0]}-{self.ports[-1]}"]
+        if settings:  # before the first request can come
+            command += ["--config", _query(settings)]
         if log is not None:
             command += ["--log", str(log)]
-        self.process = Process("mock_engine", command, cpu=cpu)
+        self.process = Process("mock_engine", [*command, "--control", str(self.control)], cpu=cpu)
         self.process.wait_port(self.control)
 
     @property
@@ -99,7 +110,7 @@ class Engines:
         """Change what the engines do (see ``mock_engine.c``); ``port`` limits a mode to one."""
         if "port" in settings:
             settings = {"port": settings["port"], **settings}
-        self._get("/config?" + "&".join(f"{name}={value}" for name, value in settings.items()))
+        self._get("/config?" + _query(settings))
 
     def reset(self) -> None:
         """Counters to zero, prefix caches empty."""

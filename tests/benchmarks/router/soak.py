@@ -58,17 +58,17 @@ class _Memory(threading.Thread):
     def __init__(self, router: Router) -> None:
         super().__init__(daemon=True)
         self._router = router
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.samples: list[tuple[float, float, int]] = []
 
     def run(self) -> None:
-        while not self._stop.wait(RSS_PERIOD):
+        while not self._ended.wait(RSS_PERIOD):
             process = self._router.process
             self.samples.append((time.monotonic(), process.rss_mib(), process.pid))
 
     def stop(self) -> None:
         """End it."""
-        self._stop.set()
+        self._ended.set()
         self.join()
 
     def growth(self, since: float) -> float | None:

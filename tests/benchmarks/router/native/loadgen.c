@@ -403,7 +403,8 @@ static void on_closed(Conn *conn) {
   if (conn->state == UNTIL_CLOSE) {
     hang_up(conn);
     answer_whole(conn);
-  } else if (conn->state == SIZED || conn->state == CHUNKED) over(conn, OUT_TRUNCATED);
+  } else if (conn->state == SIZED || conn->state == CHUNKED)
+    over(conn, conn->sse && conn->saw_error ? OUT_STREAM_ERROR : OUT_TRUNCATED); /* it said why before it broke off */
   else if (conn->used_before && !conn->resent && !conn->in_length) {
     /* RFC 9112 9.3.1: the server closed an idle connection while this request was on its way; once more, on a new one */
     conn->resent = true;

@@ -1,6 +1,6 @@
 /* A mock OpenAI engine: many replicas in one thread, cheap enough that the proxy in front is the bottleneck.
  *
- *   mock_engine --ports 9001-9008 --control 9000 [--log FILE]
+ *   mock_engine --ports 9001-9008 --control 9000 [--log FILE] [--config "name=value&..."]
  *
  * Every port is one replica. The control port takes GET /config?name=value&... (add port=N for one replica's
  * mode), GET /stats and GET /reset. What a replica does with a chat completion:
@@ -475,34 +475,42 @@ static Engine *engine_by_port(int port) {
   return NULL;
 }
 
+/* Takes "name=value&..."; returns the part that it doesn't know, or NULL. */
+static const char *configure(char *query) {
+  Engine *only = NULL;
+  char *save = NULL;
+  for (char *pair = strtok_r(query, "&", &save); pair; pair = strtok_r(NULL, "&", &save)) {
+    char *value = strchr(pair, '=');
+    bool known = false;
+    if (!value) return pair;
+    *value++ = 0;
+    if (!strcmp(pair, "port")) only = engine_by_port(atoi(value)), known = true;
+    for (unsigned m = 0; !strcmp(pair, "mode") && m < sizeof mode_names / sizeof *mode_names; m++)
+      if (!strcmp(value, mode_names[m])) {
+        known = true;
+        for (size_t i = 0; i < engine_count; i++)
+          if (!only || only == &engines[i]) engines[i].mode = (int)m;
+      }
+    for (size_t i = 0; i < sizeof settings / sizeof *settings; i++)
+      if (!strcmp(pair, settings[i].name)) *settings[i].value = strtoull(value, NULL, 10), known = true;
+    if (!known) return pair;
+  }
+  for (size_t i = 0; i < engine_count; i++)
+    if (config.sim && engines[i].cache.capacity != config.sim_blocks) cache_reset(&engines[i].cache);
+  return NULL;
+}
+
 static void control(Conn *conn, char *path) {
   char body[7000];
   size_t used = 0;
-  char *query = strchr(path, '?'), *save = NULL;
+  char *query = strchr(path, '?');
   if (query) *query++ = 0;
   if (!strcmp(path, "/config")) {
-    Engine *only = NULL;
-    for (char *pair = strtok_r(query, "&", &save); pair; pair = strtok_r(NULL, "&", &save)) {
-      char *value = strchr(pair, '=');
-      bool known = false;
-      if (!value) continue;
-      *value++ = 0;
-      if (!strcmp(pair, "port")) only = engine_by_port(atoi(value)), known = true;
-      for (unsigned m = 0; !strcmp(pair, "mode") && m < sizeof mode_names / sizeof *mode_names; m++)
-        if (!strcmp(value, mode_names[m])) {
-          known = true;
-          for (size_t i = 0; i < engine_count; i++)
-            if (!only || only == &engines[i]) engines[i].mode = (int)m;
-        }
-      for (size_t i = 0; i < sizeof settings / sizeof *settings; i++)
-        if (!strcmp(pair, settings[i].name)) *settings[i].value = strtoull(value, NULL, 10), known = true;
-      if (!known) {
-        answer(conn, "400 Bad Request", "text/plain", pair, strlen(pair));
-        return;
-      }
+    const char *unknown = query ? configure(query) : NULL;
+    if (unknown) {
+      answer(conn, "400 Bad Request", "text/plain", unknown, strlen(unknown));
+      return;
     }
-    for (size_t i = 0; i < engine_count; i++)
-      if (config.sim && engines[i].cache.capacity != config.sim_blocks) cache_reset(&engines[i].cache);
   } else if (!strcmp(path, "/reset")) {
     for (size_t i = 0; i < engine_count; i++) {
       Engine *e = &engines[i];
@@ -721,6 +729,8 @@ int main(int argc, char **argv) {
       request_log = fopen(argv[i + 1], "a");
       if (!request_log) die("%s", argv[i + 1]);
       setvbuf(request_log, NULL, _IOLBF, 0);
+    } else if (!strcmp(argv[i], "--config")) {
+      if (configure(argv[i + 1])) errno = 0, die("bad --config");
     } else die("unknown option %s", argv[i]);
   }
   for (int port = first; port <= last; port++) listen_on(port, false);
