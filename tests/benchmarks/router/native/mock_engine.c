@@ -734,6 +734,7 @@ int main(int argc, char **argv) {
     } else die("unknown option %s", argv[i]);
   }
   for (int port = first; port <= last; port++) listen_on(port, false);
+  for (size_t i = 0; config.sim && i < engine_count; i++) cache_reset(&engines[i].cache);
   fill_flood();
   epoll_fd = epoll_create1(EPOLL_CLOEXEC);
   Alarm alarm = alarm_new();
