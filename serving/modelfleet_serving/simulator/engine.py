@@ -156,6 +156,8 @@ class Engine:
             metrics.inter_token.observe(step.seconds, step.decodes)
         metrics.iteration_tokens.observe(step.prefill_tokens + step.decodes)
         for sequence, token in step.outputs:
+            if sequence.aborted:
+                continue
             if sequence.generated == 1:
                 metrics.time_to_first_token.observe(max(0.0, now - sequence.arrival))
             sequence.owner.token(sequence, token)

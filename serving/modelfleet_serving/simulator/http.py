@@ -114,7 +114,8 @@ class HttpProtocol(asyncio.Protocol):
         self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
         self._size = 0
-        self._closing = False
+        self.lost = asyncio.Event()
+        """The connection is gone."""
 
     # --- asyncio.Protocol ---
 
@@ -128,6 +129,7 @@ class HttpProtocol(asyncio.Protocol):
         """The client is gone, or we let it go."""
         self._connections.discard(self)
         self._transport = None
+        self.lost.set()
         exchange = self._current
         self._current = None
         if exchange is not None and not exchange.closed:
@@ -217,16 +219,24 @@ class HttpProtocol(asyncio.Protocol):
         self._current = None
         if self._transport is None:
             return
-        if self._closing or not exchange.request.keep_alive:
+        if not exchange.request.keep_alive:
             self._transport.close()
         else:
             self._advance()
 
-    def close_when_idle(self) -> None:
-        """Ends the connection after the answer that it is at."""
-        self._closing = True
-        if self._current is None and self._transport is not None:
+    def close(self) -> None:
+        """Ends the connection: what was written still goes out, an answer that isn't whole breaks off."""
+        if self._transport is None:
+            return
+        if self._current is None:
             self._transport.close()
+        else:
+            self._transport.abort()
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def _advance(self) -> None:
         if self._current is None and self._pipelined and self._transport is not None:

@@ -87,6 +87,8 @@ class Sequence:
     preemptions: int = 0
     admitted: float | None = None
     finished: bool = False
+    aborted: bool = False
+    """Taken out before its end: what the running step still made for it is nobody's."""
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
 
@@ -166,6 +168,7 @@ class Scheduler:
         """Takes a request out, wherever it is; one that isn't there any more is no error."""
         if sequence.finished:
             return
+        sequence.aborted = True
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -297,12 +300,12 @@ class Scheduler:
             self._remember(sequence, before // block_size, after // block_size)
         if after < len(sequence.tokens):
             return False
+        if _stalled(sequence):
+            return False
         if sequence.max_tokens == 0:
             step.pooled.append(sequence)
             self._finish(sequence)
             return True
-        if _stalled(sequence):
-            return False
         token = sequence.next_token()
         self.counters.generated_tokens += 1
         step.outputs.append((sequence, token))

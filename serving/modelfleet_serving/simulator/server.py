@@ -36,6 +36,8 @@ from modelfleet_serving.simulator.tokens import decode, encode
 
 Handler = Callable[[Exchange], None]
 BACKLOG: Final = 4096
+FLUSH_SECONDS: Final = 2.0
+"""What a slow reader gets at the end to take what is written already."""
 
 _EMBED: Final = ("/v1/embeddings",)
 _SCORE: Final = ("/score", "/v1/score")
@@ -97,6 +99,8 @@ class Simulator:
             server.close()
             running.cancel()
             failed.cancel()
+            for connection in list(self._connections):
+                connection.abort()
             await asyncio.gather(running, failed, return_exceptions=True)
 
     async def _drain(self) -> None:
@@ -105,9 +109,13 @@ class Simulator:
             await asyncio.wait_for(self.engine.idle.wait(), self.config.shutdown_timeout)
         for sequence in list(self.engine.scheduler.sequences()):
             self.engine.abort(sequence)
-        for connection in list(self._connections):
-            connection.close_when_idle()
-        await asyncio.sleep(0)
+        connections = list(self._connections)
+        for connection in connections:
+            connection.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_SECONDS):
+                for connection in connections:
+                    await connection.lost.wait()
 
     # --- requests ---
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.engines import support
 
@@ -74,6 +74,7 @@ STARTS = support.starts(
 )
 
 
+@settings(deadline=None)
 @given(STARTS)
 def test_the_simulator_parses_whatever_is_rendered(start: tuple) -> None:  # type: ignore[type-arg]
     args, launch = start

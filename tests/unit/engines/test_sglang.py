@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.engines import support
 
@@ -47,6 +47,7 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
 STARTS = support.starts(support.settings("SGLang", FREE, ("auto", "fp8_e5m2"), ("awq", "gptq", "w8a8_int8")))
 
 
+@settings(deadline=None)
 @given(STARTS)
 def test_whatever_is_rendered_has_options_that_sglang_declares(start: tuple[ApplicationArgs, Launch]) -> None:
     args, launch = start

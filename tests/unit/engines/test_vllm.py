@@ -55,6 +55,7 @@ def arguments(command: list[str]) -> list[str]:
     return command[3:]
 
 
+@settings(deadline=None)
 @given(STARTS)
 def test_whatever_is_rendered_has_options_that_vllm_declares(start: tuple[ApplicationArgs, Launch]) -> None:
     args, launch = start

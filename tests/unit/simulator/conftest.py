@@ -19,6 +19,7 @@ from modelfleet_serving.simulator.server import Simulator
 TIMEOUT = 20.0
 
 Start = Callable[..., Awaitable[Simulator]]
+Connect = Callable[[Simulator], AsyncOpenAI]
 
 
 def url(simulator: Simulator) -> str:
@@ -45,15 +46,25 @@ async def start() -> AsyncIterator[Start]:
 
 
 @pytest.fixture
-async def client(start: Start) -> AsyncIterator[tuple[Simulator, AsyncOpenAI]]:
-    """A simulator with defaults, and an OpenAI client for it."""
+async def connect() -> AsyncIterator[Connect]:
+    """Makes OpenAI clients, closed with the test."""
+    async with contextlib.AsyncExitStack() as stack:
+        made: list[AsyncOpenAI] = []
+
+        def begin(simulator: Simulator) -> AsyncOpenAI:
+            address = url(simulator) + "/v1"
+            made.append(AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=TIMEOUT))
+            stack.push_async_callback(made[-1].close)
+            return made[-1]
+
+        yield begin
+
+
+@pytest.fixture
+async def client(start: Start, connect: Connect) -> tuple[Simulator, AsyncOpenAI]:
+    """A simulator with an adapter, and an OpenAI client for it."""
     simulator = await start("--lora-modules", "adapter=/adapters/a", "--decode-base-ms", "1")
-    async with openai_client(simulator) as result:
-        yield simulator, result
-
-
-def openai_client(simulator: Simulator) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=url(simulator) + "/v1", api_key="none", max_retries=0, timeout=TIMEOUT)
+    return simulator, connect(simulator)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.unit.simulator.conftest import TIMEOUT, Start, openai_client, process, until, url
+from tests.unit.simulator.conftest import TIMEOUT, Connect, Start, process, until, url
 
 from modelfleet_serving.simulator.faults import Faults, changed, draw
 from modelfleet_serving.simulator.server import Simulator
@@ -72,9 +72,9 @@ async def test_faults_are_ordered_and_taken_back_while_it_runs(start: Start) -> 
     assert "$.errorRate" in answer["error"]["message"]
 
 
-async def test_a_stall_in_the_prefill_lasts_until_the_client_goes(start: Start) -> None:
+async def test_a_stall_in_the_prefill_lasts_until_the_client_goes(start: Start, connect: Connect) -> None:
     simulator = await start("--fault", "stallRate=1")
-    api = openai_client(simulator)
+    api = connect(simulator)
     stream = await api.chat.completions.create(**BODY, stream=True)
     first = asyncio.ensure_future(anext(aiter(stream)))
     done, _ = await asyncio.wait((first,), timeout=0.1)
@@ -83,7 +83,6 @@ async def test_a_stall_in_the_prefill_lasts_until_the_client_goes(start: Start) 
     first.cancel()
     await stream.close()
     await until(lambda: not simulator.engine.scheduler.running)
-    await api.close()
 
 
 async def read_pieces(simulator: Simulator, said: list[bytes]) -> None:

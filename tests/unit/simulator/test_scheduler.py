@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelfleet_serving.simulator.blocks import BlockPool, block_hashes
@@ -218,6 +218,14 @@ def test_a_stalled_request_keeps_its_place_and_lets_others_go_on() -> None:
     assert scheduler.pool.usage == 0
 
 
+def test_an_embedding_stalls_like_an_answer() -> None:
+    scheduler = Scheduler(limits(), SPEED)
+    sequence = Sequence(prompt(20), 0, stall_after=0)
+    scheduler.add(sequence)
+    run(scheduler)
+    assert scheduler.running == [sequence]
+
+
 def test_embeddings_end_with_their_prompt() -> None:
     scheduler = Scheduler(limits(), SPEED)
     sequence = Sequence(prompt(20), 0)
@@ -254,6 +262,7 @@ REQUESTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(
     REQUESTS,
     st.integers(10, 40),

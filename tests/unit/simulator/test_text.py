@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelfleet_serving.simulator.requests import (
@@ -26,17 +26,20 @@ from modelfleet_serving.simulator.text import (
 from modelfleet_serving.simulator.tokens import decode, encode
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_text_comes_back_from_its_tokens(text: str) -> None:
     assert decode(encode(text)) == text
 
 
+@settings(deadline=None)
 @given(st.text(max_size=50), st.text(max_size=50))
 def test_a_common_beginning_has_common_tokens(text: str, more: str) -> None:
     whole = len(text.encode()) // 4
     assert encode(text)[:whole] == encode(text + more)[:whole]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-5, 1 << 62)))
 def test_any_ids_can_be_decoded(tokens: list[int]) -> None:
     assert isinstance(decode(tokens), str)
@@ -63,6 +66,7 @@ def test_a_text_can_be_continued_from_any_token() -> None:
     assert len(set(said)) > 10
 
 
+@settings(deadline=None)
 @given(st.integers(0, (1 << 64) - 1), st.integers(1, 5000))
 def test_natural_lengths_lie_around_their_mean(state: int, mean: int) -> None:
     assert max(1, mean // 2) <= natural_length(state, mean) <= mean + mean // 2 + 1
