@@ -146,14 +146,14 @@ class PrefixAffinity:
                 break
             held = prompt.end(stop)
             worth = max(margin, held * _READING) * held / size * min(1.0, held / _WORTHWHILE)
-            if worth + bonus <= best_gain:
-                break
             for code in codes:
                 index = by_code[code]
                 if index in loads:
                     gain = worth - (loads[index] - low) + (bonus if index == home else 0.0)
                     if gain >= 0 and gain > best_gain:
                         best, best_gain, best_held = index, gain, held
+            if worth + bonus <= best_gain:
+                break
             # Others may hold nearly as much and be less busy.
             seen.update(codes)
             stop, codes = deepest(hashes, stop + 1, by_code, seen)

@@ -116,8 +116,8 @@ def test_a_raw_message_list_of_a_parsed_body_is_taken_without_a_copy() -> None:
 
 
 def test_blocks_of_a_huge_prompt_are_few() -> None:
-    assert len(prompt_of(b"x" * 220_000).hashes) < 50
-    assert len(prompt_of(b"x" * 64_000_000).hashes) < 120
+    assert len(prompt_of(b"x" * 220_000).hashes) < 30
+    assert len(prompt_of(b"x" * 64_000_000).hashes) < 64
 
 
 # --- Table ---
@@ -143,7 +143,7 @@ def test_table_forgets_what_was_used_longest_ago() -> None:
     table.add(0, 1)
     table.add(99 << 16, 1)
     assert table.holders(0) == [1]
-    assert table.holders(1 << 16) == []
+    assert not table.holders(1 << 16)
 
 
 def test_workers_see_one_another_through_shared_memory() -> None:
