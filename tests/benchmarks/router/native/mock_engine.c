@@ -719,6 +719,7 @@ static void fill_flood(void) {
 
 int main(int argc, char **argv) {
   int first = 0, last = -1;
+  char *start_config = NULL;
   signal(SIGPIPE, SIG_IGN);
   for (int i = 1; i + 1 < argc; i += 2) {
     if (!strcmp(argv[i], "--ports")) {
@@ -729,12 +730,12 @@ int main(int argc, char **argv) {
       request_log = fopen(argv[i + 1], "a");
       if (!request_log) die("%s", argv[i + 1]);
       setvbuf(request_log, NULL, _IOLBF, 0);
-    } else if (!strcmp(argv[i], "--config")) {
-      if (configure(argv[i + 1])) errno = 0, die("bad --config");
-    } else die("unknown option %s", argv[i]);
+    } else if (!strcmp(argv[i], "--config")) start_config = argv[i + 1];
+    else die("unknown option %s", argv[i]);
   }
   for (int port = first; port <= last; port++) listen_on(port, false);
-  for (size_t i = 0; config.sim && i < engine_count; i++) cache_reset(&engines[i].cache);
+  const char *unknown = start_config ? configure(start_config) : NULL;
+  if (unknown) errno = 0, die("unknown setting %s", unknown);
   fill_flood();
   epoll_fd = epoll_create1(EPOLL_CLOEXEC);
   Alarm alarm = alarm_new();
