@@ -1,7 +1,8 @@
 """Keeps one pool as its ModelDeployments ask: observe, plan, decide, apply; with and without Kubernetes.
 
 All decisions are pure functions of :mod:`.planner` and :mod:`.reconcile`; this module only carries what they
-need to them, and what they say to Ray, to the registry and to whoever shows the status.
+need to them, and what they say to Ray, to the registry and to whoever shows the status. A step works on the
+ModelDeployments for which something changed, and on no other.
 """
 
 from __future__ import annotations
@@ -9,46 +10,49 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from modelfleet_operator.api import ModelDeployment, ServingPool
 from modelfleet_operator.clients.errors import ClientError, RefusedError, UnavailableError
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
-from modelfleet_operator.planner import ModelFacts, ModelUnavailable
+from modelfleet_operator.facts import FactsCache
+from modelfleet_operator.metrics import APPLICATION_WRITES, ERRORS, QUEUE, RECONCILES, STEP_SECONDS
+from modelfleet_operator.planner import PoolView
 from modelfleet_operator.planner.inputs import pool_view
-from modelfleet_operator.reconcile.applications import ApplicationState, registry_application
-from modelfleet_operator.reconcile.calm import CalmTracker
+from modelfleet_operator.reconcile.applications import registry_application
+from modelfleet_operator.reconcile.calm import CalmTracker, needs
 from modelfleet_operator.reconcile.conditions import Finding
 from modelfleet_operator.reconcile.core import Decision, reconcile
-from modelfleet_operator.reconcile.observed import Observed, Snapshot, sort_out
-from modelfleet_operator.reconcile.planning import PoolPlan, plan_pool
-from modelfleet_operator.reconcile.status import refused_status
-from modelfleet_serving.contract import REGISTRY_APPLICATION, RegistryState
+from modelfleet_operator.reconcile.fleet_config import FleetConfig
+from modelfleet_operator.reconcile.observed import Observed, PoolSight
+from modelfleet_operator.reconcile.planning import Facts, PoolPlanner
+from modelfleet_operator.reconcile.status import refused_status, without_ray
+from modelfleet_operator.routes import RouteWriter
+from modelfleet_serving.contract import RegistryState
 
 log = logging.getLogger(__name__)
 
 RESYNC_SECONDS: Final = 30.0
-"""How often everything is looked at although nothing happened."""
-PROGRESS_SECONDS: Final = 2.0
-"""How often while something is on its way: Ray has no events to wait for."""
+"""How often Ray is asked although nothing happened."""
+PROGRESS_SECONDS: Final = 1.0
+"""How soon after a change Ray is asked: it has no events to wait for."""
+APPLICATIONS_PER_SECOND: Final = 200
+"""Ray's answer grows with its applications: a large pool is asked less often while something is on its way."""
 REGISTRY_WAIT_SECONDS: Final = 25.0
+REGISTRY_PAUSE_SECONDS: Final = 0.2
+"""Least time between two looks at the registry: what changes in between is taken in at once."""
 RETRY_SECONDS: Final = 2.0
-
-
-class FactsSource(Protocol):
-    """Reads what a checkpoint says of itself."""
-
-    async def facts(self, source: str) -> ModelFacts | ModelUnavailable:
-        """Facts of a source, or why there are none."""
-        ...
+GATHER_SECONDS: Final = 0.05
+"""Changes that come together make one step and one PUT."""
+_CHUNK: Final = 50
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of one ModelDeployment after a step; ``decision`` is ``None`` where it was refused."""
+    """What is known of one ModelDeployment after a step; ``decision`` is ``None`` where there is none yet."""
 
     deployment: ModelDeployment
     decision: Decision | None
@@ -64,45 +68,153 @@ class PoolController:
         ray: its Ray Serve.
         registry: its registry.
         registry_address: the registry as replicas reach it.
-        facts: reads checkpoints.
-        report: called with every ModelDeployment's state after each step.
+        facts: what checkpoints say.
+        report: called with the ModelDeployments whose state changed in a step.
         serve_registry: arguments of the registry's own application, or ``None`` where somebody else runs it.
+        on_gone: called with each ModelDeployment that was removed, once nothing of it is left.
     """
 
     pool: ServingPool
     ray: RayServeClient
     registry: RegistryClient
     registry_address: str
-    facts: FactsSource
+    facts: FactsCache
     report: Callable[[list[Report]], Awaitable[None]]
     serve_registry: Mapping[str, Any] | None = None
+    on_gone: Callable[[str], None] = lambda _key: None
     deployments: dict[str, ModelDeployment] = field(default_factory=dict)
-    heartbeat: float = 0.0
-    """Monotonic time of the last step: liveness."""
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
-    _state: RegistryState | None = None
+    heartbeat: float = field(default_factory=time.monotonic)
+    """Monotonic time of the loop's last turn: liveness."""
+    ray_error: str = ""
+    """Why Ray could not be reached at the last step."""
+    ray_lost: float | None = None
+    """Monotonic time since when it could not."""
+    registry_state: RegistryState | None = None
+    registry_lost: float | None = field(default_factory=time.monotonic)
+    """Monotonic time since when the registry has not answered."""
+    looked: bool = False
+    """Whether Ray has answered at least once."""
+    sight: PoolSight = field(default_factory=PoolSight)
+    holdings: dict[str, float] = field(default_factory=dict)
+    """Accelerators that plans hold, by type."""
+    _planner: PoolPlanner = field(default_factory=PoolPlanner)
+    _config: FleetConfig = field(default_factory=FleetConfig)
     _calm: CalmTracker = field(default_factory=CalmTracker)
-    _refused_routes: dict[str, str] = field(default_factory=dict)
-    _busy: bool = True
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _dirty: set[str] = field(default_factory=set)
+    _leaving: set[str] = field(default_factory=set)
+    _forgotten: set[str] = field(default_factory=set)
+    _decisions: dict[str, Decision] = field(default_factory=dict)
+    _reported: dict[str, tuple[ModelDeployment, object]] = field(default_factory=dict)
+    _unsettled: set[str] = field(default_factory=set)
+    _needs: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    _keys_by_model: dict[str, str] = field(default_factory=dict)
+    _keys_by_source: dict[str, set[str]] = field(default_factory=dict)
+    _looked: float = float("-inf")
+    _pause: float = PROGRESS_SECONDS
+
+    def __post_init__(self) -> None:
+        self.routes = RouteWriter(self.registry)
+        self._view: tuple[PoolView, bool] | None = (pool_view(self.pool), True)
+        if self.serve_registry is not None:
+            self._config.add_extra(registry_application(self.serve_registry))
+
+    # --- What is wanted ---
 
     def set_deployments(self, deployments: Mapping[str, ModelDeployment]) -> None:
-        """Replace what is wanted, by ``namespace/name``."""
-        self.deployments = dict(deployments)
-        self._wake.set()
+        """Replace everything that is wanted, by ``namespace/name``."""
+        for key in self.deployments.keys() - deployments.keys():
+            self.remove(key)
+        for deployment in deployments.values():
+            self.put(deployment)
+
+    def put(self, deployment: ModelDeployment) -> None:
+        """Want a ModelDeployment, or want it otherwise."""
+        before = self.deployments.get(deployment.key)
+        if before is not None and before.model_name != deployment.model_name:
+            self._keys_by_model.pop(before.model_name, None)
+        self.deployments[deployment.key] = deployment
+        self._keys_by_model[deployment.model_name] = deployment.key
+        for variant in deployment.spec.variants:
+            if deployment.needs_facts(variant):
+                self._keys_by_source.setdefault(deployment.source(variant), set()).add(deployment.key)
+        self._config.held.discard(deployment.key)
+        self.routes.held.discard(deployment.key)
+        self._leaving.discard(deployment.key)
+        self._forgotten.discard(deployment.key)
+        self._mark({deployment.key})
+
+    def hold(self, key: str) -> None:
+        """Leave everything of a ModelDeployment as it is: it can't be understood."""
+        if key not in self.deployments:
+            self._config.held.add(key)
+            self.routes.held.add(key)
+
+    def remove(self, key: str) -> None:
+        """Want a ModelDeployment no longer; what ran of it drains."""
+        gone = self.deployments.pop(key, None)
+        if gone is not None and self._keys_by_model.get(gone.model_name) == key:
+            del self._keys_by_model[gone.model_name]
+        for keys in self._keys_by_source.values():
+            keys.discard(key)
+        self._config.held.discard(key)
+        self.routes.held.discard(key)
+        self._config.forget(key)
+        self.routes.forget(key)
+        self._forgotten.add(key)
+        self._calm.forget(key)
+        for memory in (self._decisions, self._reported, self._needs):
+            memory.pop(key, None)
+        self._unsettled.discard(key)
+        self._leaving.add(key)
+        self._mark({key})
+
+    def set_pool(self, pool: ServingPool) -> None:
+        """Take over what the administrator changed."""
+        if pool.spec != self.pool.spec:
+            self.pool = pool
+            self.set_view(pool_view(pool), declared=True)
+
+    def set_view(self, view: PoolView, *, declared: bool = False) -> None:
+        """Take over what the pool has to give."""
+        self._view = (view, declared or (self._view is not None and self._view[1]))
+        self._mark(set(self.deployments) if declared else ())
+
+    def pending(self) -> dict[str, str]:
+        """Accelerator of each variant that Ray has not placed yet, by ``namespace/name/variant``."""
+        return {
+            f"{key}/{row.name}": row.accelerator
+            for key in self._unsettled
+            if (decision := self._decisions.get(key))
+            for row in decision.variants
+            if row.reason == "Pending" and row.accelerator
+        }
 
     def wake(self) -> None:
-        """Look again now."""
+        """Look at everything again now."""
+        self._looked = float("-inf")
+        self._mark(set(self.deployments))
+
+    def _mark(self, keys: Iterable[str]) -> None:
+        self._dirty.update(keys)
+        QUEUE.labels(pool=self.pool.key).set(len(self._dirty))
         self._wake.set()
+
+    # --- The loops ---
 
     async def run(self) -> None:
         """Work until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._watch_registry(), name="watch-registry")
-            group.create_task(self._loop(), name="reconcile")
+        forget = self.facts.listen(lambda source: self._mark(self._keys_by_source.get(source, ())))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._watch_registry(), name=f"watch-registry {self.pool.key}")
+                group.create_task(self._loop(), name=f"reconcile {self.pool.key}")
+        finally:
+            forget()
 
     async def _watch_registry(self) -> None:
         while True:
-            seen = self._state
+            seen = self.registry_state
             try:
                 state = await self.registry.state(
                     seen.epoch if seen else "",
@@ -112,137 +224,213 @@ class PoolController:
             except ClientError as error:
                 if seen is not None:
                     log.warning("registry lost: %s", error)
-                    self._state = None
-                    self._wake.set()
+                    self._see_registry(None)
+                ERRORS.labels(reason="RegistryUnavailable").inc()
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             if state is not None:
-                self._state = state
-                self._wake.set()
+                self._see_registry(state)
+                await asyncio.sleep(REGISTRY_PAUSE_SECONDS)
+
+    def _see_registry(self, state: RegistryState | None) -> None:
+        self.registry_state = state
+        if state is not None:
+            self.registry_lost = None
+        elif self.registry_lost is None:
+            self.registry_lost = time.monotonic()
+        changed, models = self.sight.see_registry(state)
+        for model in models:
+            key = self._keys_by_model.get(model)
+            # Gauges of demand move all the time: only another number of replicas is a change.
+            if key is not None and self._needs.get(key) != needs(self.deployments[key], self._observed(key)):
+                changed.add(key)
+        self.routes.see(state.routes if state else None)
+        if changed or self.routes.due:
+            self._mark(changed)
 
     async def _loop(self) -> None:
         while True:
-            self._wake.clear()
             self.heartbeat = time.monotonic()
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._until_next())
+                await asyncio.sleep(GATHER_SECONDS)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            self._dirty |= self._calm.due(time.monotonic()) & self.deployments.keys()
+            await self._turn()
+
+    def _until_next(self) -> float:
+        """Seconds until Ray is asked again."""
+        return max(0.0, self._looked + self._interval() - time.monotonic())
+
+    def _interval(self) -> float:
+        if self.ray_error:
+            return RETRY_SECONDS
+        if not (self._unsettled or self._leaving):
+            return RESYNC_SECONDS
+        return max(self._pause, len(self.sight.applications) / APPLICATIONS_PER_SECOND)
+
+    async def _turn(self) -> None:
+        with STEP_SECONDS.labels(pool=self.pool.key).time():
             try:
                 await self.step()
             except UnavailableError as error:
-                log.warning("%s", error)
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
+                await self._lost(str(error), "RayUnreachable")
             except RefusedError as error:
-                log.error("%s", error)  # noqa: TRY400  the message says it all
-            limit = PROGRESS_SECONDS if self._busy else RESYNC_SECONDS
-            try:
-                await asyncio.wait_for(self._wake.wait(), limit)
-            except TimeoutError:
-                continue
+                await self._lost(str(error), "RayRefused")
+            else:
+                if self.ray_error:
+                    log.info("pool %s: Ray answers again", self.pool.key)
+                    self.ray_error, self.ray_lost = "", None
+                    self._mark(set(self.deployments))
+
+    async def _lost(self, message: str, reason: str) -> None:
+        ERRORS.labels(reason=reason).inc()
+        self._looked = time.monotonic()
+        if message != self.ray_error:
+            log.warning("pool %s: %s", self.pool.key, message)
+        if self.ray_lost is None:
+            self.ray_lost = time.monotonic()
+        self.ray_error = message
+        await self._tell(self.deployments, reason)
 
     async def step(self) -> None:
-        """Look at everything once and do what follows.
+        """Do what follows from what changed.
 
         Raises:
             ClientError: Ray can't be reached or refuses; what was decided is decided anew at the next step.
         """
-        deployments = self.deployments  # replaced as a whole, never changed: one step sees one state
-        applications = await self.ray.applications()
-        models = {d.model_name: key for key, d in deployments.items()}
-        snapshot = sort_out(applications, self._state, models, self._calm.seconds(time.monotonic()))
-        observed = {key: snapshot.of(key, blind=self._blind) for key in deployments}
-        plan = await self._plan(deployments, observed)
-        decisions = {
-            key: reconcile(d, plan.results[key], observed[key], self.registry_address, plan.room[key])
-            for key, d in deployments.items()
-        }
-        self._calm.update(decisions, snapshot, deployments, time.monotonic())
-        # Routes first: what is about to go gets no new request.
-        await self._apply_routes(decisions)
-        await self._apply_applications(decisions, applications, snapshot)
-        self._busy = any(
-            finding.type == "Ready" and finding.status != "True"
-            for decision in decisions.values()
-            for finding in decision.findings
-        )
-        await self.report([self._report(deployments[key], decision) for key, decision in decisions.items()])
+        dirty, self._dirty = self._dirty, set()
+        QUEUE.labels(pool=self.pool.key).set(0)
+        try:
+            if self._until_next() == 0 or self.ray_error:
+                dirty |= await self._look()
+            await self._decide(dirty)
+            await self._tell(dirty)
+            await self._apply(dirty)
+        except ClientError:
+            self._dirty |= dirty
+            raise
+        self._let_go()
 
-    @property
-    def _blind(self) -> bool:
-        return self._state is None or self._state.warming
+    async def _look(self) -> set[str]:
+        """Ask Ray what runs."""
+        seen = await self.ray.applications()
+        first = not self.looked
+        self._looked, self.looked = time.monotonic(), True
+        self._pause = min(self._pause * 1.5, RESYNC_SECONDS)
+        changed = self.sight.see_applications(seen)
+        return changed | set(self.deployments) if first else changed
+
+    async def _decide(self, dirty: set[str]) -> None:
+        deployments = {key: d for key in dirty if (d := self.deployments.get(key))}
+        observed = {key: self._observed(key) for key in deployments}
+        sources = {d.source(v) for d in deployments.values() for v in d.spec.variants if d.needs_facts(v)}
+        known = self.facts.get(sources)
+        dirty |= await self._plan(deployments, known, observed) & self.deployments.keys()
+        for number, key in enumerate(dirty & self._planner.results.keys() & self.deployments.keys(), 1):
+            self._decide_one(self.deployments[key])
+            if number % _CHUNK == 0:
+                await asyncio.sleep(0)
 
     async def _plan(
-        self, deployments: Mapping[str, ModelDeployment], observed: Mapping[str, Observed]
-    ) -> PoolPlan:
-        sources = {d.source(v) for d in deployments.values() for v in d.spec.variants if d.needs_facts(v)}
-        found = dict(zip(sources, await asyncio.gather(*map(self.facts.facts, sources)), strict=True))
-        # Seconds of pure work at a thousand deployments: other tasks go on meanwhile.
-        return await asyncio.to_thread(plan_pool, deployments, found, observed, pool_view(self.pool))
+        self, deployments: Mapping[str, ModelDeployment], known: Facts, observed: Mapping[str, Observed]
+    ) -> set[str]:
+        """Plan; keys whose plans changed. The planner is touched here alone: it may work in a thread."""
+        planner = self._planner
+        for key in self._forgotten:
+            planner.forget(key)
+        self._forgotten.clear()
+        if self._view is not None:
+            view, declared = self._view
+            self._view = None
+            planner.set_view(view, declared=declared)
+        if len(deployments) <= _CHUNK:
+            moved = planner.plan(deployments, known, observed)
+        else:  # up to seconds of pure work: other tasks go on meanwhile
+            moved = await asyncio.to_thread(planner.plan, deployments, known, observed)
+        self.holdings = planner.holdings()
+        return moved
 
-    async def _apply_routes(self, decisions: Mapping[str, Decision]) -> None:
-        if self._state is None:
-            return
-        wanted = {key: decision.route for key, decision in decisions.items()}
-        for key in self._state.routes.keys() - wanted.keys():
-            namespace, _, name = key.partition("/")
-            await self._quietly(self.registry.delete_route(namespace, name))
-        for key, route in wanted.items():
-            if self._state.routes.get(key) == route.digest():
-                continue
-            try:
-                await self.registry.put_route(route)
-                self._refused_routes.pop(key, None)
-            except RefusedError as error:
-                self._refused_routes[key] = str(error)
-            except UnavailableError as error:
-                log.warning("%s", error)
-                self._state = None
-                return
+    def _decide_one(self, deployment: ModelDeployment) -> None:
+        key, observed = deployment.key, self._observed(deployment.key)
+        plans = self._planner.results[key]
+        if any(v.name not in plans for v in deployment.spec.variants):
+            return  # changed while it was being planned: it is dirty again
+        room = self._planner.room.get(key, {})
+        decision = reconcile(deployment, plans, observed, self.registry_address, room)
+        RECONCILES.inc()
+        self._calm.update(deployment, decision, observed, time.monotonic())
+        self._needs[key] = needs(deployment, observed)
+        self._decisions[key] = decision
+        self._config.want(key, decision.applications)
+        self.routes.want(key, decision.route)
+        ready = all(f.status == "True" for f in decision.findings if f.type == "Ready")
+        (self._unsettled.discard if ready else self._unsettled.add)(key)
 
-    async def _quietly(self, call: Awaitable[None]) -> None:
+    def _observed(self, key: str) -> Observed:
+        model = self.deployments[key].model_name
+        return self.sight.of(key, model, self._calm.seconds(key, time.monotonic()))
+
+    # --- What follows ---
+
+    async def _apply(self, dirty: set[str]) -> None:
+        # Routes first: what is about to go gets no new request.
         try:
-            await call
-        except ClientError as error:
-            log.warning("%s", error)
+            await self.routes.write()
+        except UnavailableError as error:
+            log.warning("registry lost: %s", error)
+            self._see_registry(None)
+        await self._put_applications(dirty)
 
-    async def _apply_applications(
-        self,
-        decisions: Mapping[str, Decision],
-        applications: Mapping[str, ApplicationState],
-        snapshot: Snapshot,
-    ) -> None:
-        configs = {app.name: app.config() for d in decisions.values() for app in d.applications}
-        if self.serve_registry is not None:
-            configs[REGISTRY_APPLICATION] = registry_application(self.serve_registry)
-        foreign = {
-            a.name: a.config for a in snapshot.foreign if not a.deleting and a.name != REGISTRY_APPLICATION
-        }
-        running = {name: a for name, a in applications.items() if not a.deleting}
-        changed = [name for name, config in configs.items() if not _runs_as(running.get(name), config)]
-        gone = running.keys() - configs.keys() - foreign.keys()
-        # Serve can't start an application under a name that it is still removing.
-        blocked = {name for name in changed if name in applications and applications[name].deleting}
-        if not (set(changed) - blocked) and not gone:
+    async def _put_applications(self, dirty: set[str]) -> None:
+        difference = self._config.difference(self.sight, dirty | self._config.strays(self.sight))
+        if not difference:
             return
-        log.info("applications: %d set, %d removed", len(changed), len(gone))
-        await self.ray.put([*foreign.values(), *(c for name, c in configs.items() if name not in blocked)])
+        # Others may have changed their applications meanwhile, and a PUT says all of them.
+        self._mark(await self._look())
+        difference = self._config.difference(self.sight, dirty | self._config.strays(self.sight))
+        if not difference:
+            return
+        log.info("pool %s: %d applications set, %d removed", self.pool.key, len(difference.set),
+                 len(difference.removed))  # fmt: skip
+        await self.ray.put(self._config.body(self.sight))
+        APPLICATION_WRITES.inc()
+        self._pause = PROGRESS_SECONDS
+        self._looked = time.monotonic()
+        self._unsettled |= {key for key in dirty if key in self.deployments}
 
-    def _report(self, deployment: ModelDeployment, decision: Decision) -> Report:
-        refused = self._refused_routes.get(deployment.key)
-        if refused is None:
-            return Report(deployment, decision, decision.findings)
-        return Report(deployment, decision, refused_status(deployment, "NameTaken", refused))
+    async def _tell(self, keys: Iterable[str], lost: str = "") -> None:
+        reports = []
+        for key in keys:
+            report = self._report(key, lost)
+            if report is not None and self._reported.get(key) != (report.deployment, _content(report)):
+                self._reported[key] = (report.deployment, _content(report))
+                reports.append(report)
+        if reports:
+            await self.report(reports)
+
+    def _report(self, key: str, lost: str) -> Report | None:
+        deployment, decision = self.deployments.get(key), self._decisions.get(key)
+        if deployment is None:
+            return None
+        if lost:
+            findings = without_ray(decision.findings if decision else (), lost, self.ray_error)
+            return Report(deployment, decision, findings)
+        if decision is None:
+            return None
+        refused = self.routes.refused.get(key)
+        if refused is not None:
+            return Report(deployment, decision, refused_status(deployment, "NameTaken", refused))
+        return Report(deployment, decision, decision.findings)
+
+    def _let_go(self) -> None:
+        for key in list(self._leaving):
+            if not self.sight.applications_of(key) and self.routes.has(key) is False:
+                self._leaving.discard(key)
+                self.on_gone(key)
 
 
-def _runs_as(state: ApplicationState | None, config: Mapping[str, Any]) -> bool:
-    """Whether Ray already has this configuration; Ray may report more fields than were sent."""
-    return state is not None and _covers(state.config, config)
-
-
-def _covers(actual: Any, wanted: Any) -> bool:
-    if isinstance(wanted, Mapping):
-        return isinstance(actual, Mapping) and all(
-            (value is None and key not in actual) or _covers(actual.get(key), value)
-            for key, value in wanted.items()
-        )
-    if isinstance(wanted, list):
-        return isinstance(actual, list) and len(actual) == len(wanted) and all(map(_covers, actual, wanted))
-    return bool(actual == wanted)
+def _content(report: Report) -> object:
+    return (report.findings, report.decision.variants if report.decision else ())

@@ -33,6 +33,7 @@ from modelfleet_operator.clients.processes import ChildProcess, free_port
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
 from modelfleet_operator.controller import PoolController, Report
+from modelfleet_operator.facts import FactsCache
 from modelfleet_operator.local_pool import local_pool
 from modelfleet_operator.local_state import LocalInfo, LocalState
 from modelfleet_operator.local_store import Resources, load, watch
@@ -110,12 +111,14 @@ class LocalPlatform:
             dashboard=ray.dashboard_url,
             logs=str(self.state.directory),
         )
+        facts = FactsCache(ModelHub())
+        stack.push_async_callback(facts.close)
         controller = PoolController(
             pool=pool,
             ray=RayServeClient(session, ray.dashboard_url, ray.token),
             registry=RegistryClient(session, registry_url, ray.token),
             registry_address=registry_url,
-            facts=ModelHub(),
+            facts=facts,
             report=self._report,
             serve_registry={"host": LOOPBACK, "port": registry_port},
         )

@@ -109,6 +109,36 @@ class GroupCapacity:
             running &= placed
         return running
 
+    def place_many(self, demand: Demand, replicas: int) -> int:
+        """Reserve up to this many equal replicas; how many fitted.
+
+        The same outcome as placing them one by one, but whole nodes at a time: a replica goes to the fullest
+        node that has room, which then is the fullest for the next one, too.
+        """
+        left = replicas * demand.nodes
+        while left:
+            node = min((n for n in self.nodes if n.after(demand)), key=_tightness, default=None)
+            new = node is None
+            if node is None:
+                if self.obtainable < 1 or self.group.template is None:
+                    break
+                node = _node(self.group.template, running=False)
+            steps, full = 0, node
+            while steps < left and (after := full.after(demand)) is not None:
+                steps, full = steps + 1, after
+            if not steps:
+                break
+            nodes = min(self.obtainable if new else self.nodes[node], left // steps)
+            if new:
+                self.obtainable -= nodes
+            else:
+                self.nodes[node] -= nodes
+                if not self.nodes[node]:
+                    del self.nodes[node]
+            self.nodes[full] += nodes
+            left -= nodes * steps
+        return replicas - -(-left // demand.nodes)
+
     def _place_stage(self, demand: Demand) -> bool | None:
         chosen: tuple[_Node, _Node] | None = None
         for node in self.nodes:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from modelfleet_operator.api import ModelDeployment, Variant, duration_seconds
+from modelfleet_operator.planner.inputs import ray_resource
 from modelfleet_operator.planner.types import VariantPlan
 from modelfleet_serving.contract import (
     REGISTRY_APPLICATION,
@@ -18,10 +19,13 @@ from modelfleet_serving.contract import (
     REPLICA_IMPORT_PATH,
     Adapter,
     ApplicationArgs,
+    ReplicaResources,
     Task,
 )
 
 REVISION_LENGTH: Final = 6
+MARK: Final = 0.001
+"""What a replica takes of a resource that only marks nodes."""
 _DRAIN_MARGIN_SECONDS: Final = 60.0
 """Serve's own deadline lies behind the replica's, so that the replica ends its engine itself."""
 
@@ -87,10 +91,25 @@ def application_args(
         engine=plan.engine,
         task=Task(deployment.spec.model.task),
         accelerator=plan.accelerator,
-        resources=plan.resources,
+        resources=_on_engine_nodes(plan),
         adapters=[Adapter(name=a.name, source=a.source) for a in deployment.spec.adapters],
         drain_timeout_seconds=duration_seconds(deployment.spec.rollout.drain_timeout),
     )
+
+
+def engine_resource(engine: str) -> str:
+    """Custom Ray resource that marks nodes whose image holds an engine."""
+    return f"engine:{engine.lower()}"
+
+
+def _on_engine_nodes(plan: VariantPlan) -> ReplicaResources:
+    """What Ray reserves; in clusters that the operator makes, on nodes with the engine's image."""
+    resources = plan.resources
+    # The simulator is in every image.
+    if ray_resource(plan.accelerator) not in resources.resources or plan.engine.type == "Simulator":
+        return resources
+    marks = {**resources.resources, engine_resource(plan.engine.type): MARK}
+    return msgspec.structs.replace(resources, resources=marks)
 
 
 def revision(deployment: ModelDeployment, variant: Variant, plan: VariantPlan) -> str:

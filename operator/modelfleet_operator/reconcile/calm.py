@@ -6,41 +6,54 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from modelfleet_operator.api import ModelDeployment
-from modelfleet_operator.reconcile.autoscale import needed_replicas
+from modelfleet_operator.reconcile.autoscale import SCALE_DOWN_SECONDS, needed_replicas
 from modelfleet_operator.reconcile.core import Decision, demand_of, smallest_capacity
-from modelfleet_operator.reconcile.observed import Snapshot
+from modelfleet_operator.reconcile.observed import Observed
 
 
 @dataclass
 class CalmTracker:
     """Remembers since when; the one thing that is remembered, and losing it only delays scaling down."""
 
-    since: dict[tuple[str, str], float] = field(default_factory=dict)
+    since: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def seconds(self, now: float) -> dict[tuple[str, str], float]:
-        """Seconds of calm by ModelDeployment and variant.
+    def seconds(self, key: str, now: float) -> dict[str, float]:
+        """Seconds of calm of a ModelDeployment's variants.
 
         Args:
+            key: of the ModelDeployment.
             now: monotonic seconds.
         """
-        return {key: now - start for key, start in self.since.items()}
+        return {variant: now - start for variant, start in self.since.get(key, {}).items()}
 
-    def update(
-        self,
-        decisions: Mapping[str, Decision],
-        snapshot: Snapshot,
-        deployments: Mapping[str, ModelDeployment],
-        now: float,
-    ) -> None:
-        """Take a step's decisions in."""
-        calm: dict[tuple[str, str], float] = {}
-        for key, decision in decisions.items():
-            observed = snapshot.of(key)
-            bounds = {v.name: v.replicas for v in deployments[key].spec.variants}
-            for row in decision.variants:
-                need = needed_replicas(
-                    bounds[row.name], demand_of(row.name, observed), smallest_capacity(row.name, observed)
-                )
-                if need < row.replicas:
-                    calm[key, row.name] = self.since.get((key, row.name), now)
-        self.since = calm
+    def update(self, deployment: ModelDeployment, decision: Decision, observed: Observed, now: float) -> None:
+        """Take a step's decision in."""
+        before = self.since.pop(deployment.key, {})
+        needed = needs(deployment, observed)
+        calm = {
+            row.name: before.get(row.name, now)
+            for row in decision.variants
+            if needed.get(row.name, row.replicas) < row.replicas
+        }
+        if calm:
+            self.since[deployment.key] = calm
+
+    def forget(self, key: str) -> None:
+        """A ModelDeployment is gone."""
+        self.since.pop(key, None)
+
+    def due(self, now: float) -> set[str]:
+        """ModelDeployments with a variant that has been calm for long enough."""
+        return {
+            key
+            for key, variants in self.since.items()
+            if any(now - start >= SCALE_DOWN_SECONDS for start in variants.values())
+        }
+
+
+def needs(deployment: ModelDeployment, observed: Observed) -> Mapping[str, int]:
+    """Replicas that the demand needs, by variant."""
+    return {
+        v.name: needed_replicas(v.replicas, demand_of(v.name, observed), smallest_capacity(v.name, observed))
+        for v in deployment.spec.variants
+    }

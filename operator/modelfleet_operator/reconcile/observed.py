@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from modelfleet_operator.reconcile.applications import ApplicationState
 from modelfleet_serving.contract import (
-    ApplicationId,
     EndpointState,
     Heartbeat,
     ModelDemand,
@@ -57,84 +57,132 @@ class Observed:
         return self.variants.get(variant, {})
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A pool as it runs, in order by ModelDeployment (``namespace/name``)."""
+class PoolSight:
+    """Everything that a pool reports, kept in order by ModelDeployment; says whose part of it changed.
 
-    deployments: Mapping[str, Observed]
-    foreign: tuple[ApplicationState, ...]
-    """Applications that are not ours: left as they are."""
-
-    def of(self, key: str, blind: bool = False) -> Observed:
-        """What is seen of one ModelDeployment."""
-        return self.deployments.get(key) or Observed(blind=blind)
-
-
-def sort_out(
-    applications: Mapping[str, ApplicationState],
-    registry: RegistryState | None,
-    models: Mapping[str, str],
-    calm_seconds: Mapping[tuple[str, str], float] | None = None,
-) -> Snapshot:
-    """Put everything that a pool reports in order.
-
-    Args:
-        applications: of Ray Serve, by name.
-        registry: its state; ``None`` while it can't be reached.
-        models: key of the ModelDeployment by OpenAI model id, for demand.
-        calm_seconds: by ModelDeployment and variant.
+    Load, sequence numbers and the like change all the time and mean nothing to a reconcile step.
     """
-    blind = registry is None or registry.warming
-    endpoints = registry.endpoints if registry else []
-    tree: dict[str, dict[str, dict[str, list[Heartbeat]]]] = {}
-    foreign = []
-    for name, state in applications.items():
-        if identity := parse_application_name(name):
-            _place(tree, identity)
-        else:
-            foreign.append(state)
-    for endpoint in endpoints:
-        if identity := parse_application_name(endpoint.application):
-            _place(tree, identity).append(endpoint)
-    demand: dict[str, dict[str, ModelDemand]] = {}
-    for entry in registry.demand if registry else []:
-        if key := models.get(entry.model):
-            demand.setdefault(key, {})[entry.variant] = entry
-    calm: dict[str, dict[str, float]] = {}
-    for (key, variant), seconds in (calm_seconds or {}).items():
-        calm.setdefault(key, {})[variant] = seconds
-    return Snapshot(
-        deployments={
-            key: Observed(
-                variants=_revisions(key, tree.get(key, {}), applications),
-                demand=demand.get(key, {}),
-                blind=blind,
-                calm_seconds=calm.get(key, {}),
-            )
-            for key in tree.keys() | demand.keys()
-        },
-        foreign=tuple(foreign),
-    )
 
+    def __init__(self) -> None:
+        self.applications: Mapping[str, ApplicationState] = {}
+        self.blind = True
+        self._applications_of: dict[str, dict[str, ApplicationState]] = {}
+        self._endpoints_of: dict[str, tuple[Heartbeat, ...]] = {}
+        self._demand_of: dict[str, dict[str, ModelDemand]] = {}
 
-def _place(tree: dict[str, dict[str, dict[str, list[Heartbeat]]]], at: ApplicationId) -> list[Heartbeat]:
-    variants = tree.setdefault(f"{at.namespace}/{at.deployment}", {})
-    return variants.setdefault(at.variant, {}).setdefault(at.revision, [])
+    def see_applications(self, applications: Mapping[str, ApplicationState]) -> set[str]:
+        """Take over what Ray Serve reports; keys of the ModelDeployments that it changed something for."""
+        before, self.applications = self.applications, applications
+        changed = set()
+        for name in before.keys() | applications.keys():
+            now = applications.get(name)
+            if now is before.get(name) or (key := _key_of(name)) is None:
+                continue
+            mine = self._applications_of.setdefault(key, {})
+            if now is None:
+                mine.pop(name, None)
+            else:
+                mine[name] = now
+            if not mine:
+                del self._applications_of[key]
+            changed.add(key)
+        return changed
 
+    def see_registry(self, registry: RegistryState | None) -> tuple[set[str], set[str]]:
+        """Take over what the registry reports; ``None`` while it can't be reached.
 
-def _revisions(
-    key: str,
-    variants: Mapping[str, Mapping[str, Iterable[Heartbeat]]],
-    applications: Mapping[str, ApplicationState],
-) -> dict[str, dict[str, Revision]]:
-    namespace, _, deployment = key.partition("/")
-    return {
-        variant: {
-            revision: Revision(
-                application=applications.get(f"{namespace}.{deployment}.{variant}.{revision}"),
-                endpoints=tuple(endpoints),
-            )
-            for revision, endpoints in revisions.items()
+        Returns:
+            Keys of the ModelDeployments whose endpoints changed, and models whose demand changed.
+        """
+        blind = registry is None or registry.warming
+        flipped, self.blind = blind != self.blind, blind
+        endpoints: dict[str, list[Heartbeat]] = {}
+        for heartbeat in registry.endpoints if registry else []:
+            if (key := _key_of(heartbeat.application)) is not None:
+                endpoints.setdefault(key, []).append(heartbeat)
+        before = self._endpoints_of
+        self._endpoints_of = {
+            key: tuple(sorted(found, key=lambda e: e.id)) for key, found in endpoints.items()
         }
-        for variant, revisions in variants.items()
-    }
+        changed = {
+            key
+            for key in before.keys() | self._endpoints_of.keys()
+            if _shape(before.get(key, ())) != _shape(self._endpoints_of.get(key, ()))
+        }
+        if flipped:
+            changed |= self._endpoints_of.keys() | self._applications_of.keys()
+        return changed, self._see_demand(registry.demand if registry else [])
+
+    def _see_demand(self, entries: Iterable[ModelDemand]) -> set[str]:
+        before = self._demand_of
+        self._demand_of = {}
+        for entry in entries:
+            self._demand_of.setdefault(entry.model, {})[entry.variant] = entry
+        return {
+            model
+            for model in before.keys() | self._demand_of.keys()
+            if before.get(model) != self._demand_of.get(model)
+        }
+
+    def of(self, key: str, model: str, calm_seconds: Mapping[str, float] | None = None) -> Observed:
+        """What is seen of one ModelDeployment.
+
+        Args:
+            key: ``namespace/name``.
+            model: its OpenAI model id, for demand.
+            calm_seconds: by variant.
+        """
+        tree: dict[str, dict[str, list[Heartbeat]]] = {}
+        for name in self._applications_of.get(key, ()):
+            _branch(tree, name)
+        for endpoint in self._endpoints_of.get(key, ()):
+            _branch(tree, endpoint.application).append(endpoint)
+        namespace, _, deployment = key.partition("/")
+        return Observed(
+            variants={
+                variant: {
+                    revision: Revision(
+                        self.applications.get(f"{namespace}.{deployment}.{variant}.{revision}"),
+                        tuple(found),
+                    )
+                    for revision, found in revisions.items()
+                }
+                for variant, revisions in tree.items()
+            },
+            demand=self._demand_of.get(model, {}),
+            blind=self.blind,
+            calm_seconds=calm_seconds or {},
+        )
+
+    def keys(self) -> set[str]:
+        """ModelDeployments that anything is seen of."""
+        return self._applications_of.keys() | self._endpoints_of.keys()
+
+    def applications_of(self, key: str) -> Mapping[str, ApplicationState]:
+        """Applications of one ModelDeployment, those that are being removed, too."""
+        return self._applications_of.get(key, {})
+
+    @property
+    def foreign(self) -> list[ApplicationState]:
+        """Applications that are not ours: left as they are."""
+        return [state for name, state in self.applications.items() if _key_of(name) is None]
+
+
+@lru_cache(maxsize=65536)
+def _key_of(application: str) -> str | None:
+    identity = parse_application_name(application)
+    return f"{identity.namespace}/{identity.deployment}" if identity else None
+
+
+def _branch(tree: dict[str, dict[str, list[Heartbeat]]], application: str) -> list[Heartbeat]:
+    identity = parse_application_name(application)
+    assert identity is not None  # noqa: S101  only parsed names have a key
+    return tree.setdefault(identity.variant, {}).setdefault(identity.revision, [])
+
+
+def _shape(endpoints: Iterable[Heartbeat]) -> list[tuple[object, ...]]:
+    """What a reconcile step reads of heartbeats."""
+    return [
+        (e.id, e.application, e.state, e.capacity, e.memory, e.accelerator, e.restarts, e.reason, e.message)
+        for e in endpoints
+    ]

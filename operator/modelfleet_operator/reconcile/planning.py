@@ -1,9 +1,15 @@
-"""Questions to the planner from what is wanted and what runs, for all ModelDeployments of a pool at once."""
+"""Questions to the planner from what is wanted and what runs: only what changed is asked again.
+
+Plans of a pool depend on one another through what is free. What is planned keeps its place, so a change asks
+for the changed variants alone, against the pool less what all others hold; variants that found nothing free
+are asked again when something was given back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from modelfleet_operator.api import ModelDeployment, Variant
 from modelfleet_operator.planner import (
@@ -11,11 +17,13 @@ from modelfleet_operator.planner import (
     ModelUnavailable,
     PlanResult,
     PoolView,
+    VariantPlan,
     VariantRequest,
     plan_all,
 )
+from modelfleet_operator.planner.capacity import Demand, GroupCapacity
 from modelfleet_operator.planner.inputs import variant_request
-from modelfleet_operator.planner.types import AcceleratorPreference
+from modelfleet_operator.planner.types import AcceleratorGroup, AcceleratorPreference, NodeCapacity
 from modelfleet_operator.reconcile.applications import args_of, revision
 from modelfleet_operator.reconcile.core import replicas_of
 from modelfleet_operator.reconcile.observed import Observed
@@ -26,46 +34,184 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class PoolPlan:
-    """Plans of a pool.
+class _Held:
+    """What a planned variant holds of an accelerator's group."""
+
+    accelerator: str
+    demand: Demand
+    replicas: int
+
+
+@dataclass
+class PoolPlanner:
+    """The plans of one pool, kept from step to step.
 
     Attributes:
-        results: by ModelDeployment and variant.
+        results: the planner's answers by ModelDeployment and variant.
         room: whether a second revision fits beside the running one, where one is due.
     """
 
-    results: Mapping[str, Mapping[str, PlanResult]]
-    room: Mapping[str, Mapping[str, bool]]
+    results: dict[str, dict[str, PlanResult]] = field(default_factory=dict)
+    room: dict[str, dict[str, bool]] = field(default_factory=dict)
+    _requests: dict[Key, VariantRequest] = field(default_factory=dict)
+    _held: dict[Key, _Held] = field(default_factory=dict)
+    _waiting: set[Key] = field(default_factory=set)
+    _unplaced: set[Key] = field(default_factory=set)
+    _view: PoolView = field(default_factory=lambda: PoolView(()))
+    _freed: bool = False
+    _moved: bool = False
 
+    def set_view(self, view: PoolView, *, declared: bool) -> None:
+        """Take over what the pool has.
 
-def plan_pool(
-    deployments: Mapping[str, ModelDeployment], facts: Facts, observed: Mapping[str, Observed], view: PoolView
-) -> PoolPlan:
-    """Plan every variant of a pool together.
+        Args:
+            view: the pool, with nothing of it in use.
+            declared: what the administrator wrote has changed: every plan is looked at again. Otherwise
+                nodes came or went, and only variants without a running replica are.
+        """
+        if view == self._view:
+            return
+        self._view = view
+        if declared:
+            self._requests.clear()
+        else:
+            self._moved = True
 
-    Args:
-        deployments: by key.
-        facts: by source; sources of variants that need none may be missing.
-        observed: what runs, by key.
-        view: what the pool has, with what our own replicas hold.
-    """
-    requests: dict[Key, VariantRequest] = {}
-    for key, deployment in deployments.items():
-        seen = observed.get(key, Observed())
+    def forget(self, key: str) -> None:
+        """A ModelDeployment is gone: what it held is free."""
+        self.room.pop(key, None)
+        for variant in self.results.pop(key, {}):
+            self._drop((key, variant))
+
+    def plan(
+        self, deployments: Mapping[str, ModelDeployment], facts: Facts, observed: Mapping[str, Observed]
+    ) -> set[str]:
+        """Bring the plans of these ModelDeployments up to date.
+
+        Args:
+            deployments: those that changed, in some way.
+            facts: by source; sources that are not known yet may be missing.
+            observed: what runs, by key.
+
+        Returns:
+            Keys whose plans changed; also of others than those given, which found room now.
+        """
+        asked: dict[Key, VariantRequest] = {}
+        for key, deployment in deployments.items():
+            seen = observed.get(key, Observed())
+            names = {v.name for v in deployment.spec.variants}
+            for gone in self.results.get(key, {}).keys() - names:
+                del self.results[key][gone]
+                self._drop((key, gone))
+            for variant in deployment.spec.variants:
+                request = _request(deployment, variant, facts, seen)
+                pair = (key, variant.name)
+                if request != self._requests.get(pair):
+                    asked[pair] = request
+                self._unplaced.discard(pair)
+                if not any(r.ready for r in seen.revisions(variant.name).values()):
+                    self._unplaced.add(pair)
+        changed = self._ask(asked)
+        for key, deployment in deployments.items():
+            self.room[key] = self._room(deployment, observed.get(key, Observed()))
+        return changed
+
+    def _ask(self, asked: dict[Key, VariantRequest]) -> set[str]:
+        for pair in asked:
+            if self._held.pop(pair, None) is not None:
+                self._freed = True
+        again = set(self._waiting) if self._freed or self._moved else set()
+        if self._moved:
+            again |= self._unplaced
+        asked = {**{pair: self._requests[pair] for pair in again if pair in self._requests}, **asked}
+        self._freed = self._moved = False
+        if not asked:
+            return set()
+        for pair in asked:
+            self._held.pop(pair, None)
+        # What runs is placed before what waits, by the planner itself.
+        answers = _plan(asked, less(self._view, self._held.values()))
+        changed = set()
+        for pair, result in answers.items():
+            key, name = pair
+            before = self.results.setdefault(key, {}).get(name)
+            self.results[key][name] = result
+            self._requests[pair] = asked[pair]
+            self._remember(pair, asked[pair], result)
+            if before != result:
+                changed.add(key)
+        return changed
+
+    def _remember(self, pair: Key, request: VariantRequest, result: PlanResult) -> None:
+        self._waiting.discard(pair)
+        if result.plan is None:
+            if result.retryable:
+                self._waiting.add(pair)
+        elif request.replicas:
+            self._held[pair] = _Held(result.plan.accelerator, demand_of(result.plan), request.replicas)
+
+    def _drop(self, pair: Key) -> None:
+        self._requests.pop(pair, None)
+        self._waiting.discard(pair)
+        self._unplaced.discard(pair)
+        if self._held.pop(pair, None) is not None:
+            self._freed = True
+
+    def _room(self, deployment: ModelDeployment, observed: Observed) -> dict[str, bool]:
+        room = {}
         for variant in deployment.spec.variants:
-            requests[key, variant.name] = _request(deployment, variant, facts, seen)
-    answers = _plan(requests, view)
-    room: dict[str, dict[str, bool]] = {key: {} for key in deployments}
-    for key, deployment in deployments.items():
-        seen = observed.get(key, Observed())
-        for variant in deployment.spec.variants:
-            result = answers[key, variant.name]
-            if _revision_is_due(deployment, variant, result, seen):
-                room[key][variant.name] = _fits_twice((key, variant.name), result, requests, view)
-    results: dict[str, dict[str, PlanResult]] = {key: {} for key in deployments}
-    for (key, name), result in answers.items():
-        results[key][name] = result
-    return PoolPlan(results, room)
+            result = self.results[deployment.key][variant.name]
+            if _revision_is_due(deployment, variant, result, observed):
+                room[variant.name] = self._fits_twice((deployment.key, variant.name), result)
+        return room
+
+    def _fits_twice(self, pair: Key, result: PlanResult) -> bool:
+        if result.plan is None:
+            return False
+        preference = (AcceleratorPreference(result.plan.accelerator),)
+        second = replace(self._requests[pair], accelerators=preference, current=None)
+        return _plan({pair: second}, less(self._view, self._held.values()))[pair].fits
+
+    def holdings(self) -> dict[str, float]:
+        """Accelerators that plans hold, by type."""
+        total: dict[str, float] = defaultdict(float)
+        for held in self._held.values():
+            total[held.accelerator] += held.demand.gpus * held.demand.nodes * held.replicas
+        return dict(total)
+
+
+def demand_of(plan: VariantPlan) -> Demand:
+    """What one pipeline stage of a planned replica takes of one node."""
+    stages = max(plan.pipeline_parallel_size, 1)
+    on_cpu = plan.accelerators_per_replica == 0
+    host = plan.weights_gib + plan.overhead_gib + plan.kv_cache_gib if on_cpu else 0.0
+    return Demand(plan.accelerators_per_replica / stages, plan.resources.num_cpus, host, stages)
+
+
+def less(view: PoolView, held: Iterable[_Held]) -> PoolView:
+    """A pool less what is held."""
+    capacity = {group.accelerator: GroupCapacity.of(group) for group in view.groups}
+    total: Counter[tuple[str, Demand]] = Counter()
+    for one in held:
+        total[one.accelerator, one.demand] += one.replicas
+    # Large ones first: they need whole nodes.
+    for (accelerator, demand), replicas in sorted(total.items(), key=lambda item: _size(item[0][1])):
+        if accelerator in capacity:
+            # More may be held than there is, when nodes went: then nothing of this kind is free.
+            capacity[accelerator].place_many(demand, replicas)
+    return PoolView(tuple(_left(group, capacity[group.accelerator]) for group in view.groups))
+
+
+def _size(demand: Demand) -> tuple[float, float, float, int]:
+    return (-demand.gpus, -demand.memory_gib, -demand.cpus, demand.nodes)
+
+
+def _left(group: AcceleratorGroup, capacity: GroupCapacity) -> AcceleratorGroup:
+    # Nodes that a plan already asks for count as running ones: what is left on them can be planned with.
+    nodes = tuple(
+        NodeCapacity(node.gpus, node.cpus, node.memory_gib, count) for node, count in capacity.nodes.items()
+    )
+    return replace(group, nodes=nodes, obtainable_nodes=capacity.obtainable)
 
 
 def _plan(requests: Mapping[Key, VariantRequest], view: PoolView) -> dict[Key, PlanResult]:
@@ -77,6 +223,10 @@ def _plan(requests: Mapping[Key, VariantRequest], view: PoolView) -> dict[Key, P
 def _request(
     deployment: ModelDeployment, variant: Variant, facts: Facts, observed: Observed
 ) -> VariantRequest:
+    status = deployment.status
+    if status is not None and status.observed_generation != deployment.metadata.generation:
+        # What was measured may have been measured with other settings.
+        deployment = deployment.model_copy(update={"status": None})
     return variant_request(
         deployment,
         variant,
@@ -105,12 +255,3 @@ def _revision_is_due(
         and bool(running)
         and revision(deployment, variant, result.plan) not in running
     )
-
-
-def _fits_twice(key: Key, result: PlanResult, requests: Mapping[Key, VariantRequest], view: PoolView) -> bool:
-    if result.plan is None:
-        return False
-    second = replace(
-        requests[key], accelerators=(AcceleratorPreference(result.plan.accelerator),), current=None
-    )
-    return _plan({**requests, (key[0], f"{key[1]}\nsurge"): second}, view)[key[0], f"{key[1]}\nsurge"].fits

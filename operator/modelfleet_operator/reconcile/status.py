@@ -78,7 +78,7 @@ def _row(
             for r in result.rejections[:32]
         ]
         or None,
-        measurements=measurements(revisions, plan) or None,
+        measurements=measurements({wanted.args.revision: mine}, plan) or None if wanted and mine else None,
     )
 
 
@@ -202,6 +202,7 @@ def deployment_status(
     findings: Sequence[Finding],
     before: Sequence[Condition],
     now: str,
+    old: ModelDeploymentStatus | None = None,
 ) -> ModelDeploymentStatus:
     """The whole status.
 
@@ -211,7 +212,9 @@ def deployment_status(
         findings: its conditions without times.
         before: the conditions that stand in status.
         now: RFC 3339.
+        old: status about the same generation: what engines measured on other accelerators is kept.
     """
+    variants = [_with_old_measurements(row, old) for row in variants]
     ready = sum(row.reason in ("Serving", "ScaledToZero") for row in variants)
     return ModelDeploymentStatus(
         conditions=with_times(findings, before, deployment.metadata.generation, now),
@@ -225,11 +228,54 @@ def deployment_status(
     )
 
 
-def refused_status(deployment: ModelDeployment, reason: str, message: str) -> tuple[Finding, ...]:
-    """Conditions of a ModelDeployment that can't be accepted."""
+def _with_old_measurements(row: VariantStatus, old: ModelDeploymentStatus | None) -> VariantStatus:
+    before = next((v for v in old.variants if v.name == row.name), None) if old else None
+    if before is None or not before.measurements:
+        return row
+    merged = {m.accelerator: m for m in [*before.measurements, *(row.measurements or ())]}
+    return row.model_copy(update={"measurements": list(merged.values())})
+
+
+def first_status() -> tuple[Finding, ...]:
+    """Conditions at first sight: every type stands there from the beginning."""
+    rest = ("Fits", "Progressing", "Serving", "Ready")
+    return (
+        Finding("Accepted", "True", "Valid", "the spec is valid"),
+        *(Finding(kind, "Unknown", "Pending", "not looked at yet") for kind in rest),
+    )
+
+
+def refused_status(deployment: ModelDeployment | str, reason: str, message: str) -> tuple[Finding, ...]:
+    """Conditions of a ModelDeployment that can't be accepted.
+
+    Args:
+        deployment: the resource, or the key of one that can't be understood.
+        reason: CamelCase, stable.
+        message: for people.
+    """
+    key = deployment if isinstance(deployment, str) else deployment.key
     unknown = [Finding(kind, "Unknown", "NotAccepted") for kind in ("Fits", "Progressing", "Serving")]
     return (
         Finding("Accepted", "False", reason, message),
         *unknown,
-        Finding("Ready", "False", reason, f"{deployment.key}: {message}"),
+        Finding("Ready", "False", reason, f"{key}: {message}"),
+    )
+
+
+def without_ray(findings: Sequence[Finding], reason: str, message: str) -> tuple[Finding, ...]:
+    """Conditions while Ray can't be reached: what serves goes on serving, nothing else can be brought about.
+
+    Args:
+        findings: the last ones; none when nothing was seen yet.
+        reason: ``RayUnreachable`` or ``RayRefused``.
+        message: what went wrong.
+    """
+    if not findings:
+        return (
+            Finding("Accepted", "True", "Valid", "the spec is valid"),
+            *(Finding(f.type, "Unknown", reason, message) for f in first_status()[1:]),
+        )
+    return tuple(
+        Finding(f.type, "Unknown", reason, message) if f.type == "Ready" and f.status != "True" else f
+        for f in findings
     )

@@ -115,5 +115,5 @@ async def test_serve_details_are_read(server: tuple[Server, str, aiohttp.ClientS
 
 async def test_put_is_the_whole_set(server: tuple[Server, str, aiohttp.ClientSession]) -> None:
     state, url, session = server
-    await RayServeClient(session, url, lambda: None).put([{"name": "a"}])
+    await RayServeClient(session, url, lambda: None).put([b'{"name":"a"}'])
     assert state.seen[0][2] == {"proxy_location": "Disabled", "applications": [{"name": "a"}]}

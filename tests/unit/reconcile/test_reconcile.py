@@ -14,7 +14,7 @@ from modelfleet_operator.planner.types import PlanResult, Rejection, Rule
 from modelfleet_operator.reconcile.applications import ApplicationState, application_args, revision
 from modelfleet_operator.reconcile.autoscale import SCALE_DOWN_SECONDS, wanted_replicas
 from modelfleet_operator.reconcile.conditions import Finding, with_times
-from modelfleet_operator.reconcile.observed import sort_out
+from modelfleet_operator.reconcile.observed import PoolSight
 from modelfleet_serving.contract import (
     ApplicationArgs,
     EndpointState,
@@ -238,9 +238,10 @@ class TestObserved:
         states = {
             n: ApplicationState(n, "RUNNING") for n in ("theirs", "default.m.a.123abc", "modelfleet.registry")
         }
-        snapshot = sort_out(states, None, {})
-        assert {a.name for a in snapshot.foreign} == {"theirs", "modelfleet.registry"}
-        assert snapshot.deployments.keys() == {"default/m"}
+        sight = PoolSight()
+        assert sight.see_applications(states) == {"default/m"}
+        assert {a.name for a in sight.foreign} == {"theirs", "modelfleet.registry"}
+        assert sight.keys() == {"default/m"}
 
     @given(
         st.from_regex(r"[a-z0-9-]{1,9}", fullmatch=True), st.from_regex(r"[a-z0-9.-]{1,9}", fullmatch=True)

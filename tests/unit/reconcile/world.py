@@ -9,7 +9,7 @@ from modelfleet_operator.api import ModelDeployment, parse_object
 from modelfleet_operator.planner.types import PlanResult, VariantPlan
 from modelfleet_operator.reconcile.applications import ApplicationState
 from modelfleet_operator.reconcile.core import Decision, reconcile
-from modelfleet_operator.reconcile.observed import Snapshot, sort_out
+from modelfleet_operator.reconcile.observed import Observed, PoolSight
 from modelfleet_serving.contract import (
     EndpointState,
     EngineSettings,
@@ -73,7 +73,7 @@ class World:
     """Names of applications in the order of their start."""
     demand: list[ModelDemand] = field(default_factory=list)
 
-    def snapshot(self, calm: dict[tuple[str, str], float] | None = None) -> Snapshot:
+    def observed(self, calm: dict[str, float] | None = None) -> Observed:
         states = {
             name: ApplicationState(
                 name,
@@ -96,7 +96,10 @@ class World:
             for i, state in enumerate(app.replicas)
         ]
         registry = RegistryState(epoch="e", version=1, endpoints=heartbeats, demand=self.demand)
-        return sort_out(states, registry if self.registry_up else None, {"m": "default/m"}, calm)
+        sight = PoolSight()
+        sight.see_applications(states)
+        sight.see_registry(registry if self.registry_up else None)
+        return sight.of("default/m", "m", calm)
 
     def apply(self, decision: Decision) -> None:
         """Serve's declarative PUT."""
@@ -134,8 +137,7 @@ def step(
     world: World, resource: ModelDeployment, plans: dict[str, PlanResult], room: dict[str, bool] | None = None
 ) -> Decision:
     """One reconcile step against the world."""
-    observed = world.snapshot().of(resource.key, blind=not world.registry_up)
-    decision = reconcile(resource, plans, observed, REGISTRY, room or {})
+    decision = reconcile(resource, plans, world.observed(), REGISTRY, room or {})
     world.apply(decision)
     return decision
 

@@ -1,0 +1,146 @@
+"""One process works, another stands by: leader election over a Lease."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.leaderelection.electionconfig import Config
+from kubernetes.aio.leaderelection.leaderelection import LeaderElection
+from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+from modelfleet_operator.clients.errors import ClientError
+from modelfleet_operator.clients.kube import LEASE, KubeClient
+from modelfleet_operator.metrics import ERRORS, LEADER
+from modelfleet_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_CALL_SECONDS = 5.0
+
+
+class LeadershipLostError(Exception):
+    """Another process works now."""
+
+
+class _Lock(LeaseLock):
+    """The Lease; an API server that does not answer takes nobody's leadership away.
+
+    Nobody can take the Lease over while the API server is away, and when it is back the first look tells who
+    has it. A leader that alone is cut off notices as soon as it is heard again; until then both may write, and
+    :class:`.Drift` in the controllers keeps the one that is cut off from undoing what the other does.
+    """
+
+    def __init__(self, name: str, namespace: str, identity: str, api: ApiClient) -> None:
+        super().__init__(name, namespace, identity, api)
+        self.holder = ""
+        self.cut_off = False
+
+    async def get(self, name: str, namespace: str) -> Any:
+        try:
+            found = await asyncio.wait_for(super().get(name, namespace), _CALL_SECONDS)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return self._away(str(error) or "no answer")
+        if isinstance(found[1], ApiException) and (found[1].status == 429 or (found[1].status or 0) >= 500):
+            return self._away(str(found[1].reason))
+        self.cut_off = False
+        record = found[1]
+        if isinstance(record, LeaderElectionRecord):
+            self.holder = record.holder_identity or ""
+        return found
+
+    def _away(self, why: str) -> tuple[bool, ApiException]:
+        ERRORS.labels(reason="LeaseUnreachable").inc()
+        self.cut_off = True
+        return False, ApiException(status=0, reason=why)
+
+    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
+        return await self._try(super().create(name, namespace, election_record))
+
+    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
+        return await self._try(super().update(name, namespace, updated_record))
+
+    async def _try(self, call: Awaitable[bool]) -> bool:
+        try:
+            return await asyncio.wait_for(call, _CALL_SECONDS)
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+
+class _Election(LeaderElection):
+    """Renews for as long as nobody else holds the Lease."""
+
+    def __init__(self, config: Config, lock: _Lock) -> None:
+        super().__init__(config)
+        self._lock = lock
+
+    async def renew_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self.election_config.retry_period)
+            renewed = await self.try_acquire_or_renew()
+            if not renewed and not self._lock.cut_off and self._lock.holder not in ("", self._lock.identity):
+                return
+
+
+async def lead(
+    api: ApiClient, settings: Settings, work: Callable[[Callable[[], bool]], Awaitable[None]]
+) -> None:
+    """Wait for the Lease, work while it is ours, and give it back at the end.
+
+    Args:
+        api: the API server.
+        settings: of the operator.
+        work: the work; it gets a function that tells whether the API server is out of reach.
+
+    Raises:
+        LeadershipLostError: another process took over: this one must end.
+    """
+    lock = _Lock(settings.lease_name, settings.namespace, settings.identity, api)
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def leading() -> None:
+        LEADER.set(1)
+        log.info("%s leads", settings.identity)
+        try:
+            await work(lambda: lock.cut_off)
+        except BaseException as error:
+            if not done.done():
+                done.set_exception(error)
+            raise
+        done.set_result(None)
+
+    async def stopped() -> None:
+        if not done.done():
+            done.set_exception(LeadershipLostError(f"{lock.holder} leads now"))
+
+    retry = max(1.0, settings.lease_seconds / 7.5)
+    config = Config(lock, settings.lease_seconds, settings.lease_seconds * 2 / 3, retry, leading, stopped)
+    election = asyncio.create_task(_Election(config, lock).run(), name="election")
+    try:
+        await asyncio.wait({election, done}, return_when=asyncio.FIRST_COMPLETED)
+        if election.done():
+            election.result()
+        await done
+    finally:
+        election.cancel()
+        await asyncio.gather(election, return_exceptions=True)
+        if LEADER._value.get():  # noqa: SLF001  the gauge is the one place that knows
+            LEADER.set(0)
+            await _give_back(KubeClient(api, timeout=2.0), settings)
+
+
+async def _give_back(kube: KubeClient, settings: Settings) -> None:
+    """Free the Lease, so that the standby need not wait until it runs out."""
+    try:
+        lease = await kube.get(LEASE, settings.namespace, settings.lease_name)
+        if lease["spec"].get("holderIdentity") == settings.identity:
+            lease["spec"] |= {"holderIdentity": None, "acquireTime": None, "renewTime": None}
+            await kube.call("PUT", LEASE.path(settings.namespace, settings.lease_name), body=lease)
+    except ClientError as error:
+        log.info("lease not given back: %s", error)

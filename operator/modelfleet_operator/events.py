@@ -1,0 +1,99 @@
+"""Kubernetes Events: one for each condition that turns, and for nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from modelfleet_operator.api import Condition
+from modelfleet_operator.clients.errors import ClientError
+from modelfleet_operator.clients.kube import EVENT, Kind, KubeClient
+from modelfleet_operator.metrics import ERRORS
+
+log = logging.getLogger(__name__)
+
+CONTROLLER: Final = "modelfleet.io/operator"
+QUEUED: Final = 1000
+_NOTE_LENGTH: Final = 1024
+"""Longest note that the API takes."""
+_QUIET: Final = frozenset({"Progressing"})
+"""Conditions whose turns are told by others: a rollout begins with a change by the user and ends Ready."""
+_VERDICTS: Final = frozenset({"Accepted", "Fits"})
+"""Conditions that are never false only because something has yet to start."""
+
+
+@dataclass
+class EventWriter:
+    """Posts events one after another; when too many wait, the newest are left out, never a reconcile step.
+
+    Attributes:
+        kube: the API server.
+        identity: of this process.
+    """
+
+    kube: KubeClient
+    identity: str
+    _queue: asyncio.Queue[dict[str, Any]] = field(default_factory=lambda: asyncio.Queue(QUEUED))
+
+    def tell(
+        self,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        uid: str,
+        before: Sequence[Condition],
+        after: Sequence[Condition],
+    ) -> None:
+        """Tell which conditions turned."""
+        for condition in turned(before, after):
+            body = {
+                "metadata": {"namespace": namespace, "name": f"{name}.{secrets.token_hex(6)}"},
+                "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+                "reportingController": CONTROLLER,
+                "reportingInstance": self.identity[:128],
+                "type": "Normal" if condition.status == "True" else "Warning",
+                "reason": condition.reason,
+                "action": f"Set{condition.type}",
+                "note": f"{condition.type}={condition.status}: {condition.message}"[:_NOTE_LENGTH],
+                "regarding": {
+                    "apiVersion": kind.api_version,
+                    "kind": kind.kind,
+                    "namespace": namespace,
+                    "name": name,
+                    "uid": uid,
+                },
+            }
+            try:
+                self._queue.put_nowait(body)
+            except asyncio.QueueFull:
+                ERRORS.labels(reason="EventDropped").inc()
+
+    async def run(self) -> None:
+        """Post until cancelled."""
+        while True:
+            body = await self._queue.get()
+            try:
+                await self.kube.create(EVENT, body)
+            except ClientError as error:  # events are for people: nothing waits for them
+                ERRORS.labels(reason="EventLost").inc()
+                log.info("event not written: %s", error)
+
+
+def turned(before: Sequence[Condition], after: Sequence[Condition]) -> Iterator[Condition]:
+    """Conditions that turned in a way that people want to know of.
+
+    What has not been reached yet while something starts is no event; what is lost, or can never be, is.
+    """
+    old = {c.type: c.status for c in before}
+    for condition in after:
+        was = old.get(condition.type)
+        if condition.type in _QUIET or was == condition.status:
+            continue
+        bad = condition.status == "False" and (was == "True" or condition.type in _VERDICTS)
+        if condition.status == "True" or bad:
+            yield condition

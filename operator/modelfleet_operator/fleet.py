@@ -1,0 +1,550 @@
+"""All ModelDeployments and ServingPools that the operator has seen, and who works on them.
+
+Events only say that something may have changed; what follows is worked out from what is known now. Nothing is
+remembered that the API, Ray and the registry don't hold: a restart begins with a list of everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from modelfleet_operator.api import (
+    FINALIZER,
+    Condition,
+    InvalidResourcesError,
+    ModelDeployment,
+    ModelDeploymentStatus,
+    ServingPool,
+    VariantStatus,
+    duration_seconds,
+    parse_object,
+)
+from modelfleet_operator.clients.errors import ClientError
+from modelfleet_operator.clients.kube import MODEL_DEPLOYMENT, SERVING_POOL, Kind, Object
+from modelfleet_operator.controller import Report
+from modelfleet_operator.metrics import CONDITIONS, ERRORS
+from modelfleet_operator.pools import PoolRunner, Tools
+from modelfleet_operator.reconcile.claims import Claims
+from modelfleet_operator.reconcile.conditions import Finding, with_times
+from modelfleet_operator.reconcile.pool_status import pool_status, refused_pool
+from modelfleet_operator.reconcile.status import deployment_status, first_status, refused_status
+from modelfleet_operator.writer import Address
+
+log = logging.getLogger(__name__)
+
+LEAVE_POLL_SECONDS: Final = 0.5
+DEFAULT_DRAIN: Final = "600s"
+_MAX_MESSAGE: Final = 8000
+
+
+@dataclass
+class _Deployment:
+    """One ModelDeployment as it was last seen."""
+
+    body: Object
+    parsed: ModelDeployment | None
+    problems: str = ""
+    runner: PoolRunner | None = None
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    leaving: asyncio.Task[None] | None = None
+
+    @property
+    def pool_name(self) -> str:
+        return str(self.body.get("spec", {}).get("pool", "default"))
+
+    @property
+    def namespace(self) -> str:
+        return str(self.body["metadata"]["namespace"])
+
+    @property
+    def deleting(self) -> bool:
+        return "deletionTimestamp" in self.body["metadata"]
+
+
+@dataclass
+class _Pool:
+    """One ServingPool as it was last seen."""
+
+    body: Object
+    parsed: ServingPool | None
+    problems: str = ""
+    runner: PoolRunner | None = None
+    releasing: asyncio.Task[None] | None = None
+
+    @property
+    def deleting(self) -> bool:
+        return "deletionTimestamp" in self.body["metadata"]
+
+
+@dataclass
+class Fleet:
+    """Everything that the operator works on.
+
+    Attributes:
+        tools: clients and settings.
+    """
+
+    tools: Tools
+    heartbeat: float = field(default_factory=time.monotonic)
+    """Monotonic time of the last sign of the resync loop: liveness."""
+    synced: bool = False
+    """Whether everything has been listed once."""
+    _deployments: dict[str, _Deployment] = field(default_factory=dict)
+    _pools: dict[str, _Pool] = field(default_factory=dict)
+    _claims: dict[str, Claims] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    # --- Lists ---
+
+    async def sync(self) -> None:
+        """List everything: what events may have missed is seen, what is gone is forgotten.
+
+        Raises:
+            ClientError: the API server can't be reached.
+        """
+        pools, deployments = await self._list(SERVING_POOL), await self._list(MODEL_DEPLOYMENT)
+        for body in pools:
+            self._take_pool(body, authoritative=True)
+        for body in deployments:
+            self._take_deployment(body, authoritative=True)
+        # Before any pool starts: it removes what it does not know.
+        for key in self._deployments.keys() - {_key(b) for b in deployments}:
+            self._forget_deployment(key)
+        for key in self._pools.keys() - {_key(b) for b in pools}:
+            self._forget_pool(key)
+        self.synced = True
+        for pool in self._pools.values():
+            self._start(pool)
+
+    async def _list(self, kind: Kind) -> list[Object]:
+        namespaces: Sequence[str | None] = self.tools.settings.watch_namespaces or (None,)
+        found = [await self.tools.kube.list(kind, namespace) for namespace in namespaces]
+        return [body for page in found for body in page]
+
+    async def run(self) -> None:
+        """List everything now and then, and count conditions, until cancelled."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self.tools.settings.resync_seconds
+        while True:
+            await asyncio.sleep(5.0)
+            self.heartbeat = time.monotonic()
+            for runner in self.runners:
+                if runner.failed is not None:
+                    raise runner.failed
+            self._count_conditions()
+            if loop.time() < due:
+                continue
+            due = loop.time() + self.tools.settings.resync_seconds
+            try:
+                await self.sync()
+            except ClientError as error:  # what is known goes on; the watches tell what changes
+                ERRORS.labels(reason="ApiServer").inc()
+                log.warning("resync: %s", error)
+
+    async def close(self) -> None:
+        """Stop all work; everything that runs in Ray goes on."""
+        for pool in self._pools.values():
+            if pool.runner is not None:
+                await pool.runner.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def runners(self) -> list[PoolRunner]:
+        """Pools at work."""
+        return [p.runner for p in self._pools.values() if p.runner is not None]
+
+    # --- ModelDeployments ---
+
+    def saw_deployment(self, event: str | None, body: Object) -> None:
+        """Take an event about a ModelDeployment in."""
+        if event == "DELETED":
+            self._forget_deployment(_key(body), uid=body["metadata"]["uid"])
+        else:
+            self._take_deployment(body)
+
+    def _take_deployment(self, body: Object, *, authoritative: bool = False) -> None:
+        key = _key(body)
+        before = self._deployments.get(key)
+        if before is not None and before.body["metadata"]["uid"] != body["metadata"]["uid"]:
+            self._forget_deployment(key)
+            before = None
+        if before is not None and _older(body, before.body):
+            return
+        self.tools.writer.saw(MODEL_DEPLOYMENT, body, authoritative=authoritative)
+        if before is not None and not authoritative and _same(body, before.body):
+            before.body = body
+            return
+        entry = before or _Deployment(body, None)
+        entry.body = body
+        self._deployments[key] = entry
+        if entry.deleting:
+            self._withdraw(key, entry)
+            return
+        self._parse_deployment(key, entry)
+        self._place(key, entry)
+
+    def _parse_deployment(self, key: str, entry: _Deployment) -> None:
+        try:
+            parsed = parse_object(entry.body)
+        except InvalidResourcesError as error:
+            # Engines go on as the last valid spec asked for.
+            entry.problems = "; ".join(
+                f"{p.field}: {p.message}" if p.field else p.message for p in error.problems
+            )
+            ERRORS.labels(reason="InvalidSpec").inc()
+            return
+        assert isinstance(parsed, ModelDeployment)  # noqa: S101  watched by kind
+        entry.parsed, entry.problems = parsed, ""
+        if not entry.body.get("status", {}).get("conditions"):
+            self.tools.writer.set_status(_address(MODEL_DEPLOYMENT, key), _first(parsed))
+
+    def _place(self, key: str, entry: _Deployment) -> None:
+        """Give a ModelDeployment to the pool that it belongs to now."""
+        pool = self._pool_of(entry)
+        runner = pool.runner if pool else None
+        if entry.runner is not None and entry.runner is not runner:
+            self._take_out(key, entry)
+        entry.runner = runner
+        if entry.problems:
+            if runner is not None:
+                runner.hold(key)
+            self._refuse(key, entry, "InvalidSpec", entry.problems)
+        elif runner is None or pool is None:
+            self._refuse_without_pool(key, entry, pool)
+        elif entry.parsed is not None:
+            claims = self._claims.setdefault(_key(pool.body), Claims())
+            runner.use(key)
+            for affected in claims.add(entry.parsed):
+                self._accept(affected, runner, claims)
+
+    def _accept(self, key: str, runner: PoolRunner, claims: Claims) -> None:
+        """Want a ModelDeployment, unless its names belong to others."""
+        entry = self._deployments.get(key)
+        if entry is None or entry.parsed is None or entry.runner is not runner or entry.problems:
+            return
+        conflicts = claims.conflicts(key)
+        if not conflicts:
+            runner.put(entry.parsed)
+            return
+        if key in runner.controller.deployments:
+            runner.remove(key)
+        taken = ", ".join(f"{name} belongs to ModelDeployment {holder}" for name, holder in conflicts.items())
+        self._refuse(key, entry, "NameConflict", taken)
+
+    def _pool_of(self, entry: _Deployment) -> _Pool | None:
+        """The pool of its own namespace, else the platform's."""
+        for namespace in dict.fromkeys((entry.namespace, self.tools.settings.namespace)):
+            pool = self._pools.get(f"{namespace}/{entry.pool_name}")
+            if pool is not None:
+                return pool
+        return None
+
+    def _take_out(self, key: str, entry: _Deployment) -> None:
+        runner = entry.runner
+        if runner is None:
+            return
+        runner.remove(key)
+        runner.leave(key)
+        claims = self._claims.get(runner.pool.key)
+        if claims is not None:
+            for affected in claims.remove(key):
+                self._accept(affected, runner, claims)
+        self._release_unused(self._pools.get(runner.pool.key))
+
+    def _forget_deployment(self, key: str, uid: str | None = None) -> None:
+        entry = self._deployments.get(key)
+        if entry is None or (uid is not None and entry.body["metadata"]["uid"] != uid):
+            return
+        del self._deployments[key]
+        self._take_out(key, entry)
+        entry.gone.set()
+        self.tools.writer.forget(_address(MODEL_DEPLOYMENT, key))
+
+    # --- Statuses of ModelDeployments ---
+
+    def report(self, reports: list[Report]) -> None:
+        """Write down what a pool's controller says of its ModelDeployments."""
+        for report in reports:
+            entry = self._deployments.get(report.deployment.key)
+            if entry is not None and not entry.problems:
+                rows = report.decision.variants if report.decision else ()
+                self._set_status(report.deployment, rows, report.findings)
+
+    def _set_status(
+        self, deployment: ModelDeployment, rows: Sequence[VariantStatus], findings: Sequence[Finding]
+    ) -> None:
+        def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
+            old = ModelDeploymentStatus.model_validate(before)
+            current = old if old.observed_generation == deployment.metadata.generation else None
+            return deployment_status(deployment, rows, findings, old.conditions, now, current).to_dict()
+
+        self.tools.writer.set_status(_address(MODEL_DEPLOYMENT, deployment.key), compose)
+
+    def _refuse(self, key: str, entry: _Deployment, reason: str, message: str) -> None:
+        text = message[:_MAX_MESSAGE]
+        if entry.parsed is not None and not entry.problems:
+            self._set_status(entry.parsed, (), refused_status(entry.parsed, reason, text))
+            return
+        generation = entry.body["metadata"].get("generation", 0)
+        findings = refused_status(key, reason, text)
+
+        def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
+            conditions = [Condition.model_validate(c) for c in before.get("conditions", ())]
+            timed = with_times(findings, conditions, generation, now)
+            return {**before, "conditions": [c.to_dict() for c in timed], "observedGeneration": generation}
+
+        self.tools.writer.set_status(_address(MODEL_DEPLOYMENT, key), compose)
+
+    def _refuse_without_pool(self, key: str, entry: _Deployment, pool: _Pool | None) -> None:
+        name = entry.pool_name
+        if pool is None:
+            where = dict.fromkeys((entry.namespace, self.tools.settings.namespace))
+            self._refuse(key, entry, "PoolNotFound", f"no ServingPool {name} in {' or '.join(where)}")
+        else:
+            self._refuse(key, entry, "PoolNotAccepted", f"ServingPool {_key(pool.body)}: {pool.problems}")
+
+    # --- Deletion of ModelDeployments ---
+
+    def _withdraw(self, key: str, entry: _Deployment) -> None:
+        """Begin to let a ModelDeployment go: its route first, then its applications, which drain."""
+        if FINALIZER not in entry.body["metadata"].get("finalizers", ()) or entry.leaving is not None:
+            return
+        pool = self._pool_of(entry)
+        if entry.runner is None and pool is not None:
+            entry.runner = pool.runner
+        runner = entry.runner
+        if runner is not None:
+            runner.use(key)  # the pool stays until nothing of it runs there
+            runner.remove(key)
+            claims = self._claims.get(runner.pool.key)
+            for affected in claims.remove(key) if claims is not None else ():
+                assert claims is not None  # noqa: S101  see the loop
+                self._accept(affected, runner, claims)
+        entry.leaving = self._spawn(self._leave(key, entry), f"leave {key}")
+
+    async def _leave(self, key: str, entry: _Deployment) -> None:
+        deadline = _deletion_time(entry.body) + self._drain_seconds(entry)
+        waited = time.monotonic()
+        while not entry.gone.is_set():
+            why = self._reason_to_let_go(entry, waited, deadline)
+            if why:
+                log.warning("%s is let go: %s", key, why)
+                break
+            try:
+                await asyncio.wait_for(entry.gone.wait(), LEAVE_POLL_SECONDS)
+            except TimeoutError:
+                continue
+        await self.tools.writer.release(_address(MODEL_DEPLOYMENT, key))
+
+    def _reason_to_let_go(self, entry: _Deployment, since: float, deadline: float) -> str:
+        """Why a ModelDeployment is not waited for any longer: it must never hold a namespace up."""
+        patience = self.tools.settings.let_go_seconds
+        runner = entry.runner
+        if runner is None or runner not in self.runners:
+            return "its pool is not there"
+        lost = min(runner.lost_seconds(), time.monotonic() - since)
+        if lost >= patience:
+            return f"Ray or the registry of pool {runner.pool.key} has been away for {lost:.0f} s"
+        if datetime.now(UTC).timestamp() > deadline:
+            return "it did not drain in time"
+        return ""
+
+    def _drain_seconds(self, entry: _Deployment) -> float:
+        rollout = entry.body.get("spec", {}).get("rollout", {})
+        drain = duration_seconds(str(rollout.get("drainTimeout", DEFAULT_DRAIN)))
+        return drain + self.tools.settings.drain_margin_seconds
+
+    def on_gone(self, key: str) -> None:
+        """Nothing of a removed ModelDeployment is left in its pool."""
+        entry = self._deployments.get(key)
+        if entry is not None and entry.leaving is not None:
+            entry.gone.set()
+
+    # --- ServingPools ---
+
+    def saw_pool(self, event: str | None, body: Object) -> None:
+        """Take an event about a ServingPool in."""
+        if event == "DELETED":
+            pool = self._pools.get(_key(body))
+            if pool is not None and pool.body["metadata"]["uid"] == body["metadata"]["uid"]:
+                self._forget_pool(_key(body))
+        else:
+            self._take_pool(body)
+
+    def _take_pool(self, body: Object, *, authoritative: bool = False) -> None:
+        key = _key(body)
+        before = self._pools.get(key)
+        if before is not None and before.body["metadata"]["uid"] != body["metadata"]["uid"]:
+            self._forget_pool(key)
+            before = None
+        if before is not None and _older(body, before.body):
+            return
+        self.tools.writer.saw(SERVING_POOL, body, authoritative=authoritative)
+        if before is not None and not authoritative and _same(body, before.body):
+            before.body = body
+            return
+        pool = before or _Pool(body, None)
+        pool.body = body
+        self._pools[key] = pool
+        self._parse_pool(pool)
+        self._connect(key, pool)
+        self._release_unused(pool)
+
+    def _parse_pool(self, pool: _Pool) -> None:
+        pool.problems = ""
+        try:
+            parsed = parse_object(pool.body)
+        except InvalidResourcesError as error:
+            pool.problems = "; ".join(f"{p.field}: {p.message}" for p in error.problems)
+            return
+        assert isinstance(parsed, ServingPool)  # noqa: S101  watched by kind
+        pool.parsed = parsed
+
+    def _connect(self, key: str, pool: _Pool) -> None:
+        """Have a runner that works as the pool asks; none for a pool that can't be accepted."""
+        if pool.problems or pool.parsed is None:
+            self._refuse_pool(key, pool, "InvalidSpec", pool.problems)
+            return
+        rival = self._same_cluster(key, pool.parsed)
+        if rival is not None:
+            pool.problems = f"ServingPool {rival} has the same Ray cluster: one pool speaks for a cluster"
+            self._disconnect(pool)
+            self._refuse_pool(key, pool, "ClusterInUse", pool.problems)
+            self._place_all(key)
+            return
+        if pool.runner is not None and pool.runner.set_pool(pool.parsed):
+            return
+        self._disconnect(pool)
+        pool.runner = PoolRunner(pool.parsed, self.tools, self.report, self.on_gone)
+        self._place_all(key)
+        if self.synced:
+            self._start(pool)
+
+    def _same_cluster(self, key: str, pool: ServingPool) -> str | None:
+        """An older pool with the same address: the two would remove each other's applications."""
+        address = pool.spec.ray.address
+        rivals = [
+            other.parsed
+            for name, other in self._pools.items()
+            if name != key and address and other.parsed and other.parsed.spec.ray.address == address
+        ]
+        older = [r for r in rivals if _seniority(r) < _seniority(pool)]
+        return min(older, key=_seniority).key if older else None
+
+    def _start(self, pool: _Pool) -> None:
+        if pool.runner is not None and not pool.runner.started:
+            pool.runner.start()
+
+    def _disconnect(self, pool: _Pool) -> None:
+        runner, pool.runner = pool.runner, None
+        if runner is not None:
+            self._claims.pop(runner.pool.key, None)
+            for entry in self._deployments.values():
+                if entry.runner is runner:
+                    entry.runner = None
+            self._spawn(runner.stop(), f"stop {runner.pool.key}")
+
+    def _place_all(self, key: str) -> None:
+        """Look again where the ModelDeployments belong that may be this pool's."""
+        name = key.partition("/")[2]
+        for other, entry in list(self._deployments.items()):
+            if entry.pool_name == name and not entry.deleting:
+                self._place(other, entry)
+
+    def _forget_pool(self, key: str) -> None:
+        pool = self._pools.pop(key, None)
+        if pool is None:
+            return
+        self._disconnect(pool)
+        self.tools.writer.forget(_address(SERVING_POOL, key))
+        self._place_all(key)
+        # One that had to stand back for it may come forward.
+        for other, waiting in list(self._pools.items()):
+            if waiting.runner is None:
+                self._parse_pool(waiting)
+                self._connect(other, waiting)
+
+    def _refuse_pool(self, key: str, pool: _Pool, reason: str, message: str) -> None:
+        generation = pool.body["metadata"].get("generation", 0)
+
+        def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
+            conditions = [Condition.model_validate(c) for c in before.get("conditions", ())]
+            return pool_status(generation, refused_pool(reason, message), conditions, now).to_dict()
+
+        self.tools.writer.set_status(_address(SERVING_POOL, key), compose)
+
+    def _release_unused(self, pool: _Pool | None) -> None:
+        """Let a pool go that is being deleted and that nobody uses."""
+        if pool is None or not pool.deleting or pool.releasing is not None:
+            return
+        if pool.runner is None or not pool.runner.users:
+            address = _address(SERVING_POOL, _key(pool.body))
+            pool.releasing = self._spawn(self.tools.writer.release(address), f"release {_key(pool.body)}")
+
+    # --- Odds and ends ---
+
+    def _spawn(self, work: Any, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _count_conditions(self) -> None:
+        CONDITIONS.clear()
+        for kind, keys in ((MODEL_DEPLOYMENT, self._deployments), (SERVING_POOL, self._pools)):
+            for key in keys:
+                for condition in self.tools.writer.status_of(_address(kind, key)).get("conditions", ()):
+                    CONDITIONS.labels(kind.kind, condition["type"], condition["status"]).inc()
+
+
+def _first(deployment: ModelDeployment) -> Any:
+    def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
+        conditions = [Condition.model_validate(c) for c in before.get("conditions", ())]
+        return deployment_status(deployment, (), first_status(), conditions, now).to_dict()
+
+    return compose
+
+
+def _key(body: Object) -> str:
+    return f"{body['metadata']['namespace']}/{body['metadata']['name']}"
+
+
+def _address(kind: Kind, key: str) -> Address:
+    namespace, _, name = key.partition("/")
+    return (kind, namespace, name)
+
+
+def _older(body: Object, known: Object) -> bool:
+    """Whether a list or a watch gave an older state than what is known already."""
+    new, old = body["metadata"]["resourceVersion"], known["metadata"]["resourceVersion"]
+    # Versions of one resource compare as numbers since Kubernetes 1.35; other servers' ones do not count.
+    return str(new).isdigit() and str(old).isdigit() and int(new) < int(old)
+
+
+def _same(body: Object, known: Object) -> bool:
+    """Whether nothing changed that a user or an engine's measurement could change."""
+    return (
+        body["metadata"].get("generation") == known["metadata"].get("generation")
+        and body["metadata"].get("deletionTimestamp") == known["metadata"].get("deletionTimestamp")
+        and _measured(body) == _measured(known)
+    )
+
+
+def _measured(body: Object) -> list[Any]:
+    return [v.get("measurements") for v in body.get("status", {}).get("variants", ())]
+
+
+def _seniority(pool: ServingPool) -> tuple[str, str]:
+    return (pool.metadata.creation_timestamp or "", pool.key)
+
+
+def _deletion_time(body: Object) -> float:
+    return datetime.fromisoformat(body["metadata"]["deletionTimestamp"]).timestamp()

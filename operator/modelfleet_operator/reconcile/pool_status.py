@@ -1,0 +1,101 @@
+"""What the administrator reads of a pool: conditions and accelerators."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from modelfleet_operator.api import ServingPool
+from modelfleet_operator.api.status import AcceleratorStatus, Condition, ServingPoolStatus
+from modelfleet_operator.reconcile.conditions import Finding, with_times
+from modelfleet_operator.reconcile.nodes import free_column
+
+USED_BY_LIMIT = 4096
+_NAMED = 10
+
+
+def cluster_finding(*, connected: bool, error: str, pending: str = "") -> Finding:
+    """``ClusterReady``.
+
+    Args:
+        connected: whether Ray answered the last call.
+        error: why it did not.
+        pending: what a cluster that is being made waits for; empty where there is none to make.
+    """
+    if connected:
+        return Finding("ClusterReady", "True", "RayAnswers", "Ray Serve answers")
+    if pending:
+        return Finding("ClusterReady", "False", "ClusterStarting", pending)
+    if error:
+        return Finding("ClusterReady", "False", "RayUnreachable", error)
+    return Finding("ClusterReady", "Unknown", "Connecting", "Ray has not answered yet")
+
+
+def registry_finding(*, connected: bool, warming: bool, cluster: Finding) -> Finding:
+    """``RegistryReady``."""
+    if connected and not warming:
+        return Finding("RegistryReady", "True", "RegistryAnswers", "the registry answers")
+    if connected:
+        return Finding(
+            "RegistryReady", "Unknown", "Warming", "the registry has just started and collects reports"
+        )
+    if cluster.status != "True":
+        return Finding("RegistryReady", "Unknown", cluster.reason, "the registry runs in the Ray cluster")
+    return Finding("RegistryReady", "False", "RegistryUnreachable", "the registry does not answer")
+
+
+def ready_finding(cluster: Finding, registry: Finding, deleting: bool, users: Sequence[str]) -> Finding:
+    """``Ready``: whether models can be run and routed."""
+    if deleting and users:
+        return Finding("Ready", "False", "InUse", in_use_message(users))
+    if deleting:
+        return Finding("Ready", "False", "Deleting", "the pool is being deleted")
+    for finding in (cluster, registry):
+        if finding.status != "True":
+            return Finding("Ready", finding.status, finding.reason, finding.message)
+    return Finding("Ready", "True", "PoolReady", "the pool runs models")
+
+
+def in_use_message(users: Sequence[str]) -> str:
+    """Who keeps a pool from being deleted."""
+    more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
+    return f"the pool is used by {', '.join(sorted(users)[:_NAMED])}{more}: delete or move them first"
+
+
+def refused_pool(reason: str, message: str) -> tuple[Finding, ...]:
+    """Conditions of a pool that can't be accepted."""
+    return (
+        Finding("Accepted", "False", reason, message),
+        Finding("ClusterReady", "Unknown", "NotAccepted"),
+        Finding("RegistryReady", "Unknown", "NotAccepted"),
+        Finding("Ready", "False", reason, message),
+    )
+
+
+def pool_status(
+    generation: int,
+    findings: Sequence[Finding],
+    before: Sequence[Condition],
+    now: str,
+    *,
+    address: str | None = None,
+    registry: str | None = None,
+    accelerators: Sequence[AcceleratorStatus] = (),
+    used_by: Collection[str] = (),
+) -> ServingPoolStatus:
+    """The whole status."""
+    ready = next(f for f in findings if f.type == "Ready")
+    return ServingPoolStatus(
+        conditions=with_times(findings, before, generation, now),
+        observed_generation=generation,
+        address=address,
+        registry=registry,
+        ready=ready.status,
+        accelerators=list(accelerators),
+        free=free_column(accelerators) or None,
+        used_by=sorted(used_by)[:USED_BY_LIMIT],
+    )
+
+
+def accepted_pool(pool: ServingPool) -> Finding:
+    """``Accepted`` of a pool that the schema lets through."""
+    return Finding("Accepted", "True", "Valid", f"{len(pool.spec.accelerators)} accelerator groups")
