@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
@@ -171,9 +171,13 @@ def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
 
 @contextlib.contextmanager
 def machine_lock(path: Path | None) -> Iterator[None]:
-    """Hold a lock file while something is measured, so that other heavy work on the machine can wait."""
+    """Hold a lock file while something is measured, so that other heavy work on the machine can wait.
+
+    It blocks in the kernel: whoever asked first gets it first.
+    """
     if path is None:
         yield
         return
-    with FileLock(path):
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
