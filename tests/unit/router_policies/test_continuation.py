@@ -155,7 +155,7 @@ def test_recorder_keeps_text_and_not_chunks() -> None:
     event = frame(chat_chunk({"content": "word "}))
     for _ in range(5000):
         recorder.add(event)
-    assert sum(map(len, recorder._parts)) <= 33_000
+    assert sum(map(len, recorder._parts)) <= 140_000
     found = recorder.read()
     assert found is not None
     assert found.text == "word " * 5000
@@ -169,6 +169,29 @@ def test_recorder_gives_up_on_too_much_text_and_frees_it() -> None:
     assert recorder.read() is None
     recorder.add(chat_chunk({"content": "more"}))
     assert recorder._parts == []
+
+
+def test_a_chunk_of_http_that_ends_within_an_event_is_read_too() -> None:
+    recorder = Recorder(chunked=True)
+    payload = chat_stream(TOKENS)
+    for end in range(0, len(payload), 7):
+        recorder.add(frame(payload[end : end + 7]))
+    found = recorder.read()
+    assert found is not None
+    assert found.text == "".join(TOKENS)
+    assert found.tokens == 6
+
+
+@pytest.mark.parametrize(
+    "event", [b"data:%b\r\n\r\n", b"event: x\ndata: %b\nid: 1\n\n", b": data: no\n\ndata: %b\n\n"]
+)
+def test_other_forms_of_events_are_read_too(event: bytes) -> None:
+    recorder = Recorder(chunked=False)
+    for token in TOKENS:
+        recorder.add(event.replace(b"%b", data_of(chat_chunk({"content": token}))))
+    found = recorder.read()
+    assert found is not None
+    assert found.text == "".join(TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class LoadView:
         for index in indices:
             member = members[index]
             row = member.row
-            load: float = total(row)
+            load = float(total(row))
             if load < member.limit:
                 if pending is not None:
                     load += pending(row) / READING_KIB

@@ -18,7 +18,13 @@ RATES: Final = 3
 _MINUTE: Final = 60.0
 _LONGEST: Final = 600.0
 """Most that anybody can owe, in seconds: one huge request must not lock a tenant out for hours."""
-_NAMES: Final = ("requests", "tokens", "output-tokens")
+_ROUNDING: Final = 1e-4
+"""Seconds that sums of many charges may be off."""
+_LINES: Final = tuple(
+    b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
+    % (name, name, name)
+    for name in (b"requests", b"tokens", b"output-tokens")
+)
 _WORDS: Final = ("requests per minute", "input tokens per minute", "output tokens per minute")
 
 
@@ -67,32 +73,14 @@ class LocalInFlight:
         return self._counts.get(name, 0)
 
 
-class _Rate:
-    """One limit of one tenant at one moment: a view of its cell.
+def _paid_off(cell: float, now: float) -> float:
+    """A cell's value at a moment: never in the past, nor, should it be from another clock, far ahead."""
+    return min(cell, now + _LONGEST) if cell > now else now
 
-    A minute's allowance may be used at once, and comes back evenly.
-    """
 
-    __slots__ = ("_now", "paid_off", "per_minute")
-
-    def __init__(self, per_minute: float, paid_off: float, now: float) -> None:
-        self.per_minute = per_minute
-        self.paid_off = min(max(paid_off, now), now + _LONGEST)
-        self._now = now
-
-    @property
-    def left(self) -> float:
-        return self.per_minute * (1 - (self.paid_off - self._now) / _MINUTE)
-
-    def wait(self, amount: float) -> float:
-        """Seconds until so much is left; more than a minute's allowance waits for the whole of it."""
-        missing = min(amount, self.per_minute) - self.left
-        # Sums of many charges round: a millionth of the limit is no reason to refuse.
-        return missing / self.per_minute * _MINUTE if missing > 1e-6 * self.per_minute else 0.0
-
-    def after(self, amount: float) -> float:
-        """The cell once so much was used; a negative amount gives it back."""
-        return min(self.paid_off + amount / self.per_minute * _MINUTE, self._now + _LONGEST)
+def _after(paid_off: float, per_minute: float, amount: float, now: float) -> float:
+    """The cell once so much was used; a negative amount gives it back."""
+    return min(paid_off + amount / per_minute * _MINUTE, now + _LONGEST)
 
 
 class Lease:
@@ -189,24 +177,30 @@ class Quotas:
     def _charge(self, limits: Limits, now: float, amounts: tuple[float, float, float]) -> bytes:
         cells = self._cells
         base = self._row_of(limits.name) * RATES
-        rates = [
-            (index, _Rate(per_minute, cells[base + index], now))
-            for index, per_minute in enumerate(limits.rates)
-            if per_minute is not None
-        ]
-        wait, worst = max((rate.wait(amounts[index]), index) for index, rate in rates)
-        if wait > 0:
+        paid: list[tuple[int, float, float]] = []
+        wait, worst = 0.0, 0
+        for index, per_minute in enumerate(limits.rates):
+            if per_minute is None:
+                continue
+            paid_off = _paid_off(cells[base + index], now)
+            paid.append((index, per_minute, paid_off))
+            # A minute's allowance may be used at once; more than it waits for the whole of it.
+            used = paid_off - now + min(amounts[index], per_minute) / per_minute * _MINUTE - _MINUTE
+            if used > wait + _ROUNDING:
+                wait, worst = used, index
+        if wait:
             raise RequestError(
                 429,
-                f"{limits.name!r} has reached its limit of {limits.rates[worst]:g} {_WORDS[worst]}; "
+                f"{limits.name!r} has reached its limit of {limits.rates[worst]} {_WORDS[worst]}; "
                 f"try again in {wait:.1f} s",
                 code="rate_limit_exceeded",
                 retry_after=wait,
-                headers=_headers(rates, now),
+                headers=_headers(paid, now),
             )
-        for index, rate in rates:
-            rate.paid_off = cells[base + index] = rate.after(amounts[index])
-        return _headers(rates, now)
+        for place, (index, per_minute, paid_off) in enumerate(paid):
+            charged = cells[base + index] = _after(paid_off, per_minute, amounts[index], now)
+            paid[place] = (index, per_minute, charged)
+        return _headers(paid, now)
 
     def end(self, limits: Limits, now: float, input_tokens: float, output_tokens: float) -> None:
         """A request ended; charges what it used beyond its reservation, or gives the rest back."""
@@ -215,24 +209,23 @@ class Quotas:
             per_minute = limits.rates[index]
             if amount and per_minute is not None:
                 cell = self._row_of(limits.name) * RATES + index
-                self._cells[cell] = _Rate(per_minute, self._cells[cell], now).after(amount)
+                self._cells[cell] = _after(_paid_off(self._cells[cell], now), per_minute, amount, now)
 
 
-def _headers(rates: list[tuple[int, _Rate]], now: float) -> bytes:
+def _headers(paid: list[tuple[int, float, float]], now: float) -> bytes:
     """What is left, in OpenAI's header names; output tokens have names of their own."""
-    return "".join(
-        f"x-ratelimit-limit-{_NAMES[index]}: {rate.per_minute:.0f}\r\n"
-        f"x-ratelimit-remaining-{_NAMES[index]}: {max(0, int(rate.left + 1e-6 * rate.per_minute))}\r\n"
-        f"x-ratelimit-reset-{_NAMES[index]}: {_duration(rate.paid_off - now)}\r\n"
-        for index, rate in rates
-    ).encode("ascii")
+    lines = []
+    for index, per_minute, paid_off in paid:
+        owed = paid_off - now
+        left = per_minute * (1 - (owed - _ROUNDING) / _MINUTE)
+        lines.append(_LINES[index] % (per_minute, max(0, left), _duration(owed)))
+    return b"".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float) -> bytes:
     """Seconds as clients of OpenAI's headers read them: ``120ms``, ``7.5s``, ``6m0s``."""
     if seconds < 1:
-        return f"{max(0, round(seconds * 1000))}ms"
+        return b"%dms" % round(seconds * 1000)
     if seconds < _MINUTE:
-        return f"{seconds:.4g}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest}s"
+        return b"%.4gs" % seconds
+    return b"%dm%ds" % divmod(round(seconds), 60)

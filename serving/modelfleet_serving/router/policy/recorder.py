@@ -1,7 +1,7 @@
 """Keeps what a client has got of a stream, so that another replica can go on from there.
 
-While the stream runs, adding to a list is all that happens to a chunk. Every 32 KB what was kept is decoded
-and only its text stays, so that a thousand long streams take a few dozen megabytes and not a gigabyte.
+While the stream runs, adding to a list is all that happens to a chunk. Every 128 KB what was kept is decoded
+and only its text stays, so that a thousand long streams take some dozen megabytes and not a gigabyte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 from modelfleet_serving.router.policy.events import DONE, EventSplitter, data_of
 from modelfleet_serving.router.response import ChunkScanner, FramingError
 
-_COMPACT: Final = 32 * 1024
+_COMPACT: Final = 128 * 1024
 MAX_TEXT: Final = 4 * 1024 * 1024
 """Characters beyond which a stream is not continued."""
 
@@ -32,6 +32,17 @@ class _Delta(msgspec.Struct):
     tool_calls: Any = None
     function_call: Any = None
     audio: Any = None
+
+    @property
+    def other(self) -> str | None:
+        """What it has besides text, as the reason why that can't be continued."""
+        if self.tool_calls or self.function_call:
+            return "tool_call"
+        if self.reasoning or self.reasoning_content:
+            return "reasoning"
+        if self.refusal or self.audio:
+            return "refusal" if self.refusal else "audio"
+        return None
 
 
 class _Choice(msgspec.Struct):
@@ -88,18 +99,19 @@ class Delivered:
         """Nothing but roles: the request can be made again as it was."""
         return not self.size and self.opaque is None and self.finish_reason is None
 
-    def take(self, data: bytes) -> None:
+    def take_data(self, data: bytes) -> None:
         """Takes one event's data.
 
         Raises:
             msgspec.DecodeError: It is no chunk.
         """
-        if not data:
-            return
         if data == DONE:
             self.done = True
-            return
-        chunk = _decode(data)
+        elif data:
+            self.take(_decode(data))
+
+    def take(self, chunk: _Chunk) -> None:
+        """Takes one chunk."""
         if not self.identity and chunk.id is not None:
             found = {"id": chunk.id, "created": chunk.created, "model": chunk.model}
             self.identity = {name: value for name, value in found.items() if value is not None}
@@ -119,12 +131,8 @@ class Delivered:
             text = delta.content
             if delta.role is not None:
                 self.roles.add(choice.index)
-            if delta.tool_calls or delta.function_call:
-                self.opaque = "tool_call"
-            elif delta.reasoning or delta.reasoning_content:
-                self.opaque = "reasoning"
-            elif delta.refusal or delta.audio:
-                self.opaque = "refusal" if delta.refusal else "audio"
+            if delta.other:
+                self.opaque = delta.other
         if choice.logprobs:
             self.opaque = "logprobs"
         if choice.finish_reason is not None:
@@ -171,14 +179,44 @@ class Recorder:
         if delivered is None:
             return None
         try:
-            if self._scanner is not None:
-                out: list[bytes] = []
-                self._scanner.feed(payload, out)
-                payload = b"".join(out)
-            for event in self._splitter.feed(payload):
-                delivered.take(data_of(event))
+            if not self._read_quickly(payload, delivered):
+                self._read_exactly(payload, delivered)
         except (msgspec.DecodeError, FramingError, UnicodeDecodeError):
             self._delivered = None
         if delivered.size > MAX_TEXT or self._splitter.pending > _COMPACT:
             self._delivered = None
         return self._delivered
+
+    def _read_quickly(self, payload: bytes, delivered: Delivered) -> bool:
+        """Reads whole events, each with one line of data, and looks at no framing: False when they aren't.
+
+        Framing between events is skipped. Inside one it breaks the JSON: a size between two tokens, or a line
+        end in a string, is never valid.
+        """
+        end = b"\n\n" if self._scanner is None else b"\n\n\r\n"
+        if self._splitter.pending or not payload.endswith(end):
+            return False
+        if self._scanner is not None and not self._scanner.at_boundary:
+            return False
+        try:
+            chunks = [
+                _decode(piece[piece.index(b"data: ") + 6 :])
+                for piece in payload.split(b"\n\n")
+                if b"data:" in piece and not piece.endswith(b"data: [DONE]")
+            ]
+        except (ValueError, msgspec.DecodeError):
+            return False  # such events are read one by one
+        take = delivered.take
+        for chunk in chunks:
+            take(chunk)
+        # Inside JSON a line end is escaped: this is no text.
+        delivered.done = delivered.done or b"data: [DONE]\n\n" in payload
+        return True
+
+    def _read_exactly(self, payload: bytes, delivered: Delivered) -> None:
+        if self._scanner is not None:
+            out: list[bytes] = []
+            self._scanner.feed(payload, out)
+            payload = b"".join(out)
+        for event in self._splitter.feed(payload):
+            delivered.take_data(data_of(event))
