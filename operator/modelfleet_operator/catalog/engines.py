@@ -32,7 +32,11 @@ class EngineDefaults:
         block_size: tokens of a KV cache block.
         cpu_block_size: the same on a CPU.
         concurrent_batches: steps in flight at once.
-        cuda_graph_estimate: whether memory for CUDA graphs is set aside before the KV cache is sized.
+        runner_v2: models on vLLM's newer model runner: ``dense``, ``all`` or ``none``.
+        graphs_reserved: runners that set memory for CUDA graphs aside before the KV cache is sized.
+        buffers_counted: whether buffers made before profiling are counted.
+        encoder_profiled: runners that run the vision encoder when they profile.
+        static_share: the share holds weights and KV cache only.
         max_cuda_graph_batch: largest batch that a graph is captured for.
     """
 
@@ -42,7 +46,11 @@ class EngineDefaults:
     block_size: int
     cpu_block_size: int
     concurrent_batches: int
-    cuda_graph_estimate: bool
+    runner_v2: str
+    graphs_reserved: frozenset[str]
+    buffers_counted: bool
+    encoder_profiled: frozenset[str]
+    static_share: bool
     max_cuda_graph_batch: int
     batch: tuple[tuple[float, BatchDefaults, frozenset[str]], ...]
     cpu_batch: BatchDefaults
@@ -97,7 +105,11 @@ def engine_defaults(engine: str, version: str | None = None) -> EngineDefaults |
         block_size=int(found["blockSize"]),
         cpu_block_size=int(found["cpuBlockSize"]),
         concurrent_batches=int(found["concurrentBatches"]),
-        cuda_graph_estimate=bool(found["cudaGraphEstimate"]),
+        runner_v2=str(found["runnerV2"]),
+        graphs_reserved=frozenset(found["graphsReserved"]),
+        buffers_counted=bool(found["buffersCounted"]),
+        encoder_profiled=frozenset(found["encoderProfiled"]),
+        static_share=bool(found["staticShare"]),
         max_cuda_graph_batch=int(found["maxCudaGraphBatch"]),
         batch=tuple(
             (

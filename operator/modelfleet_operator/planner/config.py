@@ -24,7 +24,7 @@ from modelfleet_operator.planner.fields import (
     text_config,
     words,
 )
-from modelfleet_operator.planner.parameters import Shape, count_parameters
+from modelfleet_operator.planner.parameters import Shape, count_parameters, dense_intermediate
 from modelfleet_operator.planner.vision import parse_vision
 
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "half": "float16", "float32": "float32"}
@@ -77,8 +77,10 @@ def facts_from_config(
         if shape.experts
         else 0,
         expert_intermediate_size=shape.expert_intermediate if shape.experts else 0,
+        dense_intermediate_size=dense_intermediate(shape, text),
         quantization=quantization,
         vision=vision.facts if vision else None,
+        rope_values=_rope_values(text, shape),
         tied_embeddings=shape.tied,
         tensor_bytes=MappingProxyType(dict(tensor_bytes or {})),
         source=source,
@@ -170,6 +172,25 @@ def _max_context(text: Config, config: Config) -> int:
     if text.get("model_type") in {"gemma3", "gemma3_text"}:
         return limit  # the limit in the config already counts the scaling
     return int(limit * factor)
+
+
+def _rope_values(text: Config, shape: Shape) -> int:
+    """Entries of the cosine and sine tables: one row a position, stretched by linear scaling.
+
+    Models with sliding layers keep a second table with a base of its own.
+    """
+    if shape.encoder_only or shape.encoder_decoder:
+        return 0
+    positions = integer(text, "max_position_embeddings", default=0)
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
+    width = integer(text, "qk_rope_head_dim", default=shape.head_dim) or shape.head_dim
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else None
+    stretched = positions * (
+        factor if kind in {"linear", "dynamic"} and isinstance(factor, int | float) else 1
+    )
+    local = positions if text.get("rope_local_base_freq") else 0
+    return int(stretched + local) * width
 
 
 @dataclass(frozen=True)

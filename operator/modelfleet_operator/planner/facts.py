@@ -143,7 +143,8 @@ class ModelFacts:
         architecture: first of ``architectures``.
         model_type: ``model_type``.
         hidden_size: of the language model.
-        intermediate_size: of its dense MLPs; the widest.
+        intermediate_size: of its MLPs, or of one expert where the config names no other.
+        dense_intermediate_size: of what every token passes beside routed experts: dense layers, shared experts.
         layers: of the language model.
         heads: query heads.
         kv_heads: key and value heads.
@@ -158,6 +159,7 @@ class ModelFacts:
         expert_intermediate_size: of one routed expert.
         quantization: what the checkpoint says of it.
         vision: an encoder beside the language model.
+        rope_values: entries of the rotary tables that engines keep beside the weights.
         tied_embeddings: whether the output head is the embedding.
         tensor_bytes: bytes of all tensors by dtype, from the safetensors headers; empty without them.
         source: where the facts came from.
@@ -180,8 +182,10 @@ class ModelFacts:
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
+    dense_intermediate_size: int = 0
     quantization: CheckpointQuantization | None = None
     vision: Vision | None = None
+    rope_values: int = 0
     tied_embeddings: bool = False
     tensor_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source: str = ""

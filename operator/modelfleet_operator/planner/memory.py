@@ -16,7 +16,7 @@ from modelfleet_operator.catalog.accelerators import Accelerator
 from modelfleet_operator.catalog.engines import EngineDefaults
 from modelfleet_operator.planner.facts import ModelFacts
 from modelfleet_operator.planner.kv_cache import KVLayout
-from modelfleet_operator.planner.overhead import Overhead, estimate_overhead
+from modelfleet_operator.planner.overhead import Overhead, Step, estimate_overhead, lora_bytes
 from modelfleet_operator.planner.types import GIB
 from modelfleet_operator.planner.weights import WeightScheme, weights_per_rank
 from modelfleet_serving.contract import EngineSettings
@@ -42,6 +42,7 @@ class Footprint:
         kv_cache: what is left; negative where nothing is.
         layout: how the KV cache is laid out.
         batch: one step of the engine.
+        counted: overhead inside the share; all of it unless the engine keeps it outside.
     """
 
     memory: float
@@ -51,6 +52,7 @@ class Footprint:
     kv_cache: float
     layout: KVLayout
     batch: Batch
+    counted: float | None = None
 
     def lines(self) -> tuple[str, ...]:
         """The sum for people, one summand a line."""
@@ -59,7 +61,13 @@ class Footprint:
         if self.share == 1.0:
             head = f"{_gib(usable)} usable"
         parts = [head, f"- {_gib(self.weights)} weights"]
-        parts += [f"- {_gib(size)} {name}" for name, size in self.overhead.parts() if size >= 0.005 * GIB]
+        inside = self.counted is None or self.counted == self.overhead.total
+        if inside:
+            parts += [f"- {_gib(size)} {name}" for name, size in self.overhead.parts() if size >= 0.005 * GIB]
+        else:
+            parts.append(
+                f"- {_gib(self.counted or 0.0)} of {_gib(self.overhead.total)} for activations and runtime, the rest lies outside"
+            )
         parts.append(f"= {_gib(self.kv_cache)} for the KV cache")
         parts.append(self.layout.explain())
         return tuple(parts)
@@ -74,26 +82,41 @@ def footprint(
     *,
     memory_gib: float,
     dtype_bytes: int,
-    kv_dtype_bytes: float,
-    max_model_len: int,
+    batch: Batch,
     layout: KVLayout,
+    generates: bool,
 ) -> Footprint:
     """Memory of one rank of a replica with the settings' tensor and pipeline parallel sizes."""
-    batch = batch_of(settings, defaults, accelerator, max_model_len)
-    weights = weights_per_rank(facts, scheme, settings, dtype_bytes)
-    overhead = estimate_overhead(
-        facts, settings, defaults, accelerator,
-        batch_tokens=batch.tokens, batch_sequences=batch.sequences, dtype_bytes=dtype_bytes,
-        max_model_len=max_model_len, scheme=scheme,
-    )  # fmt: skip
+    weights = weights_per_rank(facts, scheme, settings, dtype_bytes) + lora_bytes(
+        facts, settings, dtype_bytes
+    )
+    step = Step(
+        tokens=batch.tokens,
+        sequences=batch.sequences,
+        dtype_bytes=dtype_bytes,
+        tensor_parallel=settings.tensor_parallel_size,
+        eager=is_eager(settings),
+        generates=generates,
+    )
+    overhead = estimate_overhead(facts, settings, defaults, accelerator, step)
     memory = memory_gib * GIB
     if settings.kv_cache_memory_bytes is not None:
-        share = 1.0
-        kv_cache = float(settings.kv_cache_memory_bytes)
-    else:
-        share = (settings.gpu_memory_percent or defaults.memory_percent) / 100
-        kv_cache = memory * share - weights - overhead.total
-    return Footprint(memory, share, weights, overhead, kv_cache, layout, batch)
+        return Footprint(memory, 1.0, weights, overhead, float(settings.kv_cache_memory_bytes), layout, batch)
+    share = (settings.gpu_memory_percent or defaults.memory_percent) / 100
+    counted = overhead.total
+    if defaults.static_share:
+        # What does not fit beside the share is taken from it.
+        counted = max(counted - (1 - share) * memory, 0.0)
+    return Footprint(
+        memory, share, weights, overhead, memory * share - weights - counted, layout, batch, counted
+    )
+
+
+def is_eager(settings: EngineSettings) -> bool:
+    """Whether compilation and CUDA graphs are turned off."""
+    return any(
+        settings.args.get(name) is True for name in ("enforce-eager", "enforce_eager", "disable-cuda-graph")
+    )
 
 
 def batch_of(

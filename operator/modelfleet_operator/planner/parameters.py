@@ -105,6 +105,14 @@ def _mlp_layers(shape: Shape, text: Config) -> list[tuple[bool, int]]:
     return [(True, moe), (False, shape.layers - moe)]
 
 
+def dense_intermediate(shape: Shape, text: Config) -> int:
+    """Widest MLP that is not a routed expert; 0 where there is none."""
+    if not shape.experts:
+        return shape.intermediate
+    dense = [n for is_moe, n in _mlp_layers(shape, text) if not is_moe and n]
+    return max(_shared_intermediate(shape, text), _dense_intermediate(shape, text) if dense else 0)
+
+
 def _shared_intermediate(shape: Shape, text: Config) -> int:
     size = optional(text, "shared_expert_intermediate_size")
     if size is not None:

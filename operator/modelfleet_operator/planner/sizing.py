@@ -26,7 +26,7 @@ from modelfleet_operator.planner.types import (
     VariantRequest,
 )
 from modelfleet_operator.planner.weights import DTYPE_BYTES
-from modelfleet_serving.contract import EngineSettings, ReplicaResources
+from modelfleet_serving.contract import EngineSettings, ReplicaResources, Task
 
 SIMULATOR = "Simulator"
 SIMULATOR_CPUS = 0.1
@@ -201,10 +201,17 @@ class _Sizing:
             in_flight_tokens=batch.tokens * self.defaults.concurrent_batches,
         )
         return footprint(
-            self.facts, self.verdict.scheme, settings, self.defaults, self.accelerator,
-            memory_gib=memory_gib, dtype_bytes=DTYPE_BYTES[self.verdict.dtype],
-            kv_dtype_bytes=self.verdict.kv_dtype_bytes, max_model_len=context, layout=layout,
-        )  # fmt: skip
+            self.facts,
+            self.verdict.scheme,
+            settings,
+            self.defaults,
+            self.accelerator,
+            memory_gib=memory_gib,
+            dtype_bytes=DTYPE_BYTES[self.verdict.dtype],
+            batch=batch,
+            layout=layout,
+            generates=self.request.task in {Task.GENERATE, Task.TRANSCRIBE},
+        )
 
     def _with(self, tensor: int, pipeline: int) -> Sized | Rejection:
         settings = msgspec.structs.replace(

@@ -8,6 +8,9 @@ from modelfleet_operator.planner.facts import CheckpointQuantization, ModelFacts
 from modelfleet_serving.contract import EngineSettings
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MIB = 2**20
+REPACKING_WASTE = 0.12
+"""Share of their 20 MiB segments that 4-bit weights leave unused after they were repacked; fitted."""
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this (``vocab_parallel_embedding.py``)."""
 
@@ -76,7 +79,27 @@ def weights_per_rank(
     scale = _measured_scale(facts, scheme, total, dtype_bytes)
     # Embedding and head sit on the first and the last stage; with one stage both on it.
     ends = (embedding + head) / tp if pp == 1 else max(embedding, head) / tp
-    return scale * (layers / (tp * pp) + replicated / pp + ends + vision / tp + other / pp)
+    beside = facts.rope_values * dtype_bytes + _rounding(facts, linear_bytes, settings)
+    return beside + scale * (layers / (tp * pp) + replicated / pp + ends + vision / tp + other / pp)
+
+
+def _rounding(facts: ModelFacts, weight_bytes: float, settings: EngineSettings) -> float:
+    """What torch's allocator adds: segments of 2 MiB for tensors from 10 MiB on, of 20 MiB for smaller ones.
+
+    (PyTorch ``c10/cuda/CUDACachingAllocator``: kMinLargeAlloc, kRoundLarge, kLargeBuffer.)
+    """
+    h = facts.hidden_size
+    queries = facts.heads * facts.head_dim
+    wide = facts.dense_intermediate_size
+    shapes = (h * (queries + 2 * facts.kv_heads * facts.head_dim), queries * h, 2 * wide * h, wide * h)
+    waste = 0.0
+    for values in shapes:
+        size = values * weight_bytes / settings.tensor_parallel_size
+        if size >= 10 * MIB:
+            waste += -size % (2 * MIB)
+        elif weight_bytes < 1:
+            waste += size * REPACKING_WASTE
+    return waste * facts.layers / settings.pipeline_parallel_size
 
 
 def _padded(parameters: int, facts: ModelFacts) -> int:
