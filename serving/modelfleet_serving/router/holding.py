@@ -178,7 +178,7 @@ class HoldingQueue(Generic[T]):
     """Requests of one model that wait.
 
     Args:
-        max_requests: 0 lets nothing wait.
+        max_requests: 0 lets nothing wait. May be changed at any time; what waits already stays.
         max_bytes: Of request bodies.
 
     Attributes:
@@ -363,10 +363,12 @@ class HoldingQueue(Generic[T]):
         waiting, size = len(self) + 1, self.size + newcomer.size
         if waiting <= self.max_requests and size <= self.max_bytes:
             return victims
-        if newcomer.size > self.max_bytes or self.max_requests <= 0:
+        # Where the bound fell below what waits already, nobody goes for that: a newcomer takes one place.
+        places = max(self.max_requests, self._count)
+        if newcomer.size > self.max_bytes or places <= 0:
             return None
         gone: dict[tuple[int, str], int] = {}
-        while waiting > self.max_requests or size > self.max_bytes:
+        while waiting > places or size > self.max_bytes:
             victim = self._victim(newcomer, gone)
             if victim is None:
                 return None

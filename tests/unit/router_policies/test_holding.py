@@ -34,6 +34,7 @@ class HoldingMachine(RuleBasedStateMachine):
     @initialize(max_requests=st.integers(0, 12), max_bytes=st.integers(0, 400))
     def start(self, max_requests: int, max_bytes: int) -> None:
         self.queue: HoldingQueue[Request] = HoldingQueue(max_requests, max_bytes)
+        self.most = max_requests
         self.waiting: list[Request] = []
         self.refused: list[float] = []
         self.number = 0
@@ -67,6 +68,9 @@ class HoldingMachine(RuleBasedStateMachine):
             self.refused.append(error.retry_after)
             return
         assert bool(pushed_out) == full
+        assert len(self.queue) <= max(self.queue.max_requests, len(self.waiting))
+        room = self.queue.max_bytes - sum(one.size for one in self.waiting)
+        assert len(pushed_out) <= 1 or room < size  # one place, or room for the body
         for victim in pushed_out:
             assert victim.priority <= priority
             assert victim is not request
@@ -116,9 +120,10 @@ class HoldingMachine(RuleBasedStateMachine):
         for request in expired:
             self.waiting.remove(request)
 
-    @rule(max_requests=st.integers(1, 12))
+    @rule(max_requests=st.integers(0, 12))
     def change_bounds(self, max_requests: int) -> None:
-        self.queue.max_requests = max(max_requests, len(self.waiting))
+        self.queue.max_requests = max_requests
+        self.most = max(max_requests, len(self.waiting))
 
     @rule()
     def clear(self) -> None:
@@ -127,7 +132,7 @@ class HoldingMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        assert len(self.queue) == len(self.waiting) <= self.queue.max_requests
+        assert len(self.queue) == len(self.waiting) <= self.most
         assert self.queue.size == sum(one.size for one in self.waiting) <= self.queue.max_bytes
         assert all(1 <= seconds <= 120 for seconds in self.refused)
         assert self.queue.lanes() == Counter(one.lane for one in self.waiting)
