@@ -206,7 +206,7 @@ class HealthMachine(RuleBasedStateMachine):
 
 
 TestHealth = HealthMachine.TestCase
-TestHealth.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestHealth.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 3)), max_size=300))

@@ -139,7 +139,7 @@ class HoldingMachine(RuleBasedStateMachine):
 
 
 TestHolding = HoldingMachine.TestCase
-TestHolding.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestHolding.settings = settings(max_examples=80, stateful_step_count=40)
 
 
 def always(item: object) -> bool:
