@@ -46,6 +46,7 @@ from modelfleet_serving.router.policy.split import Split
 __all__ = ["UNLIMITED", "Group", "Pool", "Replica", "Selector", "Split", "VariantPlan", "session_key"]
 
 _SCAN: Final = 8
+_GOLDEN: Final = 0.6180339887498949
 _ODD: Final = 0x9E37_79B9_7F4A_7C15
 V = TypeVar("V")
 
@@ -137,7 +138,11 @@ class Pool(Generic[R]):
             if weight > 0 and group.members:
                 groups.append(group)
                 weights.append(weight)
-        return groups, Split(weights, self._start) if len(groups) > 1 else None
+        if len(groups) < 2:
+            return groups, None
+        # A split that began at the same place after each refresh would favour the same group each time.
+        self._start = (self._start + _GOLDEN) % 1.0
+        return groups, Split(weights, self._start)
 
     def candidates(self, adapter: str | None = None) -> tuple[list[Group[R]], Split | None]:
         """The groups that may serve a request, and the split between them."""

@@ -212,6 +212,15 @@ def test_canary_gets_exactly_its_share() -> None:
     assert picks["new"] == pytest.approx(50, abs=3)
 
 
+def test_shares_hold_though_the_pool_is_refreshed_all_the_time() -> None:
+    _, pool, selector = rollout(20)
+    picks: Counter[str] = Counter()
+    for _ in range(500):
+        pool.refresh()
+        picks[selector.pick(pool).revision] += 1  # type: ignore[union-attr]
+    assert picks["new"] == pytest.approx(100, abs=5)
+
+
 def test_revision_without_weight_gets_nothing_even_when_the_other_is_gone() -> None:
     fleet, pool, selector = rollout(0)
     for replica in fleet.replicas[:4]:
