@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from tests.unit.planner.measured import MEASURED, planned
 
 ROWS: list[dict[str, Any]] = MEASURED["rows"]

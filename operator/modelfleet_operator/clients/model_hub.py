@@ -1,0 +1,187 @@
+"""Facts of a model's checkpoint, read without its weights: ``config.json`` and safetensors headers.
+
+Sources are ``hf://org/name[@revision]``, ``s3://``, ``gs://``, ``file:///path``, and ``pvc://claim/path``
+where the claim is mounted. Everything that can go wrong becomes a :class:`ModelUnavailable` with one reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import platformdirs
+
+from modelfleet_operator.clients.checkpoint_files import (
+    CheckpointError,
+    CheckpointFiles,
+    FilesystemFiles,
+    HubFiles,
+    LocalFiles,
+)
+from modelfleet_operator.clients.tensor_bytes import tensor_bytes
+from modelfleet_operator.planner.config import facts_from_config
+from modelfleet_operator.planner.facts import ModelFacts, ModelUnavailable
+from modelfleet_operator.planner.fields import BrokenConfigError
+
+log = logging.getLogger(__name__)
+
+READ_TIMEOUT_SECONDS: Final = 60.0
+CACHE_VERSION: Final = 1
+"""Of the cached files' layout; a change of what is read makes the old ones void."""
+MAX_CONFIG_BYTES: Final = 4 * 2**20
+REMOTE_FILESYSTEMS: Final = ("s3", "gs")
+
+
+@dataclass
+class ModelHub:
+    """Reads facts of checkpoints.
+
+    Attributes:
+        cache_directory: where facts of fixed revisions are kept; they are never read twice.
+        claims_directory: where PersistentVolumeClaims are mounted, one folder each.
+        token: of the Hugging Face hub; default its own environment variable or login.
+        timeout_seconds: longest time that one source may take.
+    """
+
+    cache_directory: Path = field(
+        default_factory=lambda: platformdirs.user_cache_path("modelfleet") / "facts"
+    )
+    claims_directory: Path = Path("/models")
+    token: str | None = field(default=None, repr=False)
+    timeout_seconds: float = READ_TIMEOUT_SECONDS
+
+    async def facts(self, source: str) -> ModelFacts | ModelUnavailable:
+        """Facts of a source, or the one reason why there are none."""
+        try:
+            async with asyncio.timeout(self.timeout_seconds):
+                return await asyncio.to_thread(self.read, source)
+        except TimeoutError:
+            return ModelUnavailable(
+                "Unreachable", f"{source} did not answer within {self.timeout_seconds:g} s", retryable=True
+            )
+
+    def read(self, source: str) -> ModelFacts | ModelUnavailable:
+        """Like :meth:`facts`, blocking."""
+        try:
+            files = self._files(source)
+            cached = self._cached(files)
+            if cached is None:
+                cached = _read_checkpoint(files)
+                self._keep(files, cached)
+            return _facts(source, files, cached)
+        except CheckpointError as error:
+            return ModelUnavailable(error.reason, str(error), error.retryable)
+        except BrokenConfigError as error:
+            return ModelUnavailable("BrokenConfig", f"{source}: {error}")
+
+    def _files(self, source: str) -> CheckpointFiles:
+        scheme, _, rest = source.partition("://")
+        if scheme == "hf":
+            repository, _, revision = rest.partition("@")
+            return HubFiles(repository.strip("/"), revision or None, self.token, self.timeout_seconds / 3)
+        if scheme == "file":
+            return LocalFiles(Path(rest))
+        if scheme == "pvc":
+            claim, _, path = rest.partition("/")
+            directory = self.claims_directory / claim
+            if not directory.is_dir():
+                raise CheckpointError(
+                    "SourceNotMounted",
+                    f"{source}: the claim {claim} is not mounted here, so the checkpoint can't be read; "
+                    "the plan needs its config.json",
+                    retryable=True,
+                )
+            return LocalFiles(directory / path)
+        if scheme in REMOTE_FILESYSTEMS:
+            return FilesystemFiles(source)
+        raise CheckpointError("UnsupportedSource", f"{source}: facts can't be read from {scheme}:// sources")
+
+    def _cache_file(self, files: CheckpointFiles) -> Path | None:
+        key = files.cache_key()
+        return self.cache_directory / f"v{CACHE_VERSION}-{key}.json" if key else None
+
+    def _cached(self, files: CheckpointFiles) -> dict[str, Any] | None:
+        path = self._cache_file(files)
+        if path is None:
+            return None
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.warning(
+                "cached facts are unreadable, reading anew", extra={"file": str(path), "error": str(error)}
+            )
+            return None
+        return loaded if isinstance(loaded, dict) else None
+
+    def _keep(self, files: CheckpointFiles, checkpoint: Mapping[str, Any]) -> None:
+        path = self._cache_file(files)
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".part")
+            draft.write_text(json.dumps(checkpoint), encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:  # a read-only cache makes planning slower, not wrong
+            log.warning("facts can't be cached", extra={"file": str(path), "error": str(error)})
+
+
+def _read_checkpoint(files: CheckpointFiles) -> dict[str, Any]:
+    """Config and tensor bytes as they are cached."""
+    config = _parse_config(files.read("config.json", MAX_CONFIG_BYTES))
+    quantization = files.read_optional("hf_quant_config.json", MAX_CONFIG_BYTES)  # ModelOpt writes it apart
+    if quantization and "quantization_config" not in config:
+        config["quantization_config"] = _parse_config(quantization)
+    return {"config": config, "tensorBytes": tensor_bytes(files)}
+
+
+def _parse_config(data: bytes) -> dict[str, Any]:
+    try:
+        loaded = json.loads(data)
+    except ValueError as error:
+        raise BrokenConfigError(f"config.json is not JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise BrokenConfigError("config.json is not an object")
+    return loaded
+
+
+def _facts(source: str, files: CheckpointFiles, checkpoint: Mapping[str, Any]) -> ModelFacts:
+    config = with_class_defaults(checkpoint["config"])
+    return facts_from_config(
+        config, tensor_bytes=checkpoint["tensorBytes"], source=source, revision=files.revision() or ""
+    )
+
+
+def with_class_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with what its Transformers class fills in; as it is where Transformers doesn't know it.
+
+    Checkpoints leave out what equals their class's default: Gemma 3's text section names neither heads nor
+    vocabulary. The checkpoint's own values win.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415  (seconds to import: only where facts are read)
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return config
+    try:
+        known = AutoConfig.for_model(model_type, **{k: v for k, v in config.items() if k != "model_type"})
+        defaults = known.to_dict()
+    except Exception as error:  # noqa: BLE001  (a foreign class may raise anything; the raw config may do)
+        log.debug("no defaults from Transformers", extra={"modelType": model_type, "error": str(error)})
+        return config
+    return _under(config, defaults)
+
+
+def _under(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(defaults)
+    for name, value in config.items():
+        below = merged.get(name)
+        merged[name] = _under(value, below) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
