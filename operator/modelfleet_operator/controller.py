@@ -72,6 +72,7 @@ class PoolController:
         report: called with the ModelDeployments whose state changed in a step.
         serve_registry: arguments of the registry's own application, or ``None`` where somebody else runs it.
         on_gone: called with each ModelDeployment that was removed, once nothing of it is left.
+        on_change: called when what is known of Ray or the registry changed.
     """
 
     pool: ServingPool
@@ -82,6 +83,7 @@ class PoolController:
     report: Callable[[list[Report]], Awaitable[None]]
     serve_registry: Mapping[str, Any] | None = None
     on_gone: Callable[[str], None] = lambda _key: None
+    on_change: Callable[[], None] = lambda: None
     deployments: dict[str, ModelDeployment] = field(default_factory=dict)
     heartbeat: float = field(default_factory=time.monotonic)
     """Monotonic time of the loop's last turn: liveness."""
@@ -238,7 +240,10 @@ class PoolController:
             self.registry_lost = None
         elif self.registry_lost is None:
             self.registry_lost = time.monotonic()
+        was_blind = self.sight.blind
         changed, models = self.sight.see_registry(state)
+        if self.sight.blind != was_blind:
+            self.on_change()
         for model in models:
             key = self._keys_by_model.get(model)
             # Gauges of demand move all the time: only another number of replicas is a change.
@@ -280,10 +285,12 @@ class PoolController:
             except RefusedError as error:
                 await self._lost(str(error), "RayRefused")
             else:
+                self.ray_lost = None
                 if self.ray_error:
                     log.info("pool %s: Ray answers again", self.pool.key)
-                    self.ray_error, self.ray_lost = "", None
+                    self.ray_error = ""
                     self._mark(set(self.deployments))
+                    self.on_change()
 
     async def _lost(self, message: str, reason: str) -> None:
         ERRORS.labels(reason=reason).inc()
@@ -293,6 +300,7 @@ class PoolController:
         if self.ray_lost is None:
             self.ray_lost = time.monotonic()
         self.ray_error = message
+        self.on_change()
         await self._tell(self.deployments, reason)
 
     async def step(self) -> None:
@@ -321,6 +329,8 @@ class PoolController:
         self._looked, self.looked = time.monotonic(), True
         self._pause = min(self._pause * 1.5, RESYNC_SECONDS)
         changed = self.sight.see_applications(seen)
+        if first or changed:
+            self.on_change()
         return changed | set(self.deployments) if first else changed
 
     async def _decide(self, dirty: set[str]) -> None:

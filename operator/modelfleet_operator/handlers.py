@@ -2,32 +2,18 @@
 
 Events alone are handled: kopf then writes nothing to the objects. Its daemons would hold a deleted object for
 their whole cancellation back-off, and its change handlers would keep a copy of the spec in an annotation; our
-finalizer is set and taken off by :mod:`.writer` instead.
+finalizer is set and taken off by :mod:`.writer` instead. Kopf must not know it: it takes a finalizer of its
+own off whatever has no handler that needs one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import kopf
 
-from modelfleet_operator.api import FINALIZER, GROUP, VERSION
+from modelfleet_operator.api import GROUP, VERSION
 from modelfleet_operator.fleet import Fleet
-
-
-@dataclass
-class Wiring:
-    """What the handlers reach, passed as kopf's memo.
-
-    Attributes:
-        fleet: gets the events.
-        on_startup: called once kopf runs.
-    """
-
-    fleet: Fleet
-    on_startup: Callable[[], None]
 
 
 def handlers() -> kopf.OperatorRegistry:
@@ -38,17 +24,13 @@ def handlers() -> kopf.OperatorRegistry:
     def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
-    @kopf.on.startup(registry=registry)
-    async def started(memo: Wiring, **_: Any) -> None:
-        memo.on_startup()
-
     @kopf.on.event(GROUP, VERSION, "servingpools", registry=registry)
-    async def pool_changed(event: Any, memo: Wiring, **_: Any) -> None:
-        memo.fleet.saw_pool(event["type"], event["object"])
+    async def pool_changed(event: Any, memo: Fleet, **_: Any) -> None:
+        memo.saw_pool(event["type"], event["object"])
 
     @kopf.on.event(GROUP, VERSION, "modeldeployments", registry=registry)
-    async def deployment_changed(event: Any, memo: Wiring, **_: Any) -> None:
-        memo.fleet.saw_deployment(event["type"], event["object"])
+    async def deployment_changed(event: Any, memo: Fleet, **_: Any) -> None:
+        memo.saw_deployment(event["type"], event["object"])
 
     return registry
 
@@ -56,7 +38,6 @@ def handlers() -> kopf.OperatorRegistry:
 def kopf_settings() -> kopf.OperatorSettings:
     """Kopf as the operator uses it: watches only, in namespaces and kinds that are known beforehand."""
     settings = kopf.OperatorSettings()
-    settings.persistence.finalizer = FINALIZER
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10

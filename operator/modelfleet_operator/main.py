@@ -20,7 +20,7 @@ from modelfleet_operator.election import LeadershipLostError, lead
 from modelfleet_operator.events import EventWriter
 from modelfleet_operator.facts import FactsCache, Known
 from modelfleet_operator.fleet import Fleet
-from modelfleet_operator.handlers import Wiring, handlers, kopf_settings
+from modelfleet_operator.handlers import handlers, kopf_settings
 from modelfleet_operator.health import Health, serve
 from modelfleet_operator.logs import set_up_logging
 from modelfleet_operator.metrics import LEADER
@@ -130,17 +130,19 @@ class Operator:
 
     async def _watch(self, fleet: Fleet) -> None:
         namespaces = self._settings.watch_namespaces
-        await kopf.operator(
+        ours = asyncio.all_tasks()
+        tasks = await kopf.spawn_tasks(
             registry=handlers(),
             settings=kopf_settings(),
-            memo=Wiring(fleet, self._catch_signals),
+            memo=fleet,
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
         )
+        self._catch_signals()  # kopf has put its own in their place
+        await kopf.run_tasks(tasks, ignored=ours)
 
     def _catch_signals(self) -> None:
-        # Also after kopf has started, which puts its own in their place.
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import logging
 import secrets
 import time
@@ -105,6 +106,7 @@ class PoolRunner:
     _task: asyncio.Task[None] | None = None
     _pending: PendingTracker = field(init=False)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _has_token: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self._pending = PendingTracker(self.tools.settings.pending_seconds)
@@ -125,6 +127,7 @@ class PoolRunner:
             if managed or ray.registry is None
             else None,
             on_gone=self.on_gone,
+            on_change=self._changed.set,
         )
         self._needs_token = managed or ray.auth_token is not None
         self._began = time.monotonic()
@@ -213,20 +216,21 @@ class PoolRunner:
 
     async def _controller(self) -> None:
         while self._needs_token and self._token is None:
-            self._lost_token()
-            await asyncio.sleep(0.2)
+            self.controller.heartbeat = time.monotonic()
+            self.controller.ray_lost = self._began
+            await self._wait_for_token()
         await self.controller.run()
 
-    def _lost_token(self) -> None:
-        self.controller.heartbeat = time.monotonic()
-        if self.controller.ray_lost is None:
-            self.controller.ray_lost = self._began
+    async def _wait_for_token(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_token.wait(), RETRY_SECONDS)
 
     async def _keep_token(self) -> None:
         while self._needs_token:
             try:
                 self._token = await self._read_token()
                 self._token_error = ""
+                self._has_token.set()
             except ClientError as error:
                 self._token_error = str(error)
                 ERRORS.labels(reason="TokenUnreadable").inc()
@@ -279,6 +283,8 @@ class PoolRunner:
         return _waiting_for(running.get("status") or {})
 
     async def _watch_nodes(self) -> None:
+        while self._needs_token and self._token is None:
+            await self._wait_for_token()
         while True:
             try:
                 nodes = await self._nodes.nodes()
