@@ -157,6 +157,28 @@ def operator() -> None:
     run()
 
 
+@app.command()
+def crds(
+    apply: Annotated[bool, typer.Option("--apply", help="Apply them to the cluster, server-side.")] = False,
+) -> None:
+    """Print this release's CustomResourceDefinitions, or bring a cluster's up to date."""
+    from modelfleet_operator.api.crd import render
+
+    if not apply:
+        sys.stdout.write("---\n".join(render().values()))
+        return
+    from kubernetes.aio.config import ConfigException
+
+    from modelfleet_operator.clients.errors import ClientError
+    from modelfleet_operator.crds_command import apply_crds
+
+    try:
+        for name in asyncio.run(apply_crds()):
+            Console(highlight=False).print(f"customresourcedefinition {name} applied")
+    except (ClientError, ConfigException) as error:
+        _fail(str(error))
+
+
 @engine_app.command("install")
 def engine_install(
     engine: Annotated[str, typer.Argument(help="vllm or sglang.")],
