@@ -38,7 +38,7 @@ def test_chat_command_streams(simulated: Platform) -> None:
     wrong = simulated.run("chat", "sim:c", "Hello")
     assert wrong.returncode == 1
     assert "404" in wrong.stderr
-    assert "sim:a" in wrong.stderr
+    assert "its variants are: a, b" in wrong.stderr
 
 
 def test_unknown_models_are_told_what_exists(simulated: Platform) -> None:
