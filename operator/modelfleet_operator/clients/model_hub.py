@@ -34,6 +34,8 @@ READ_TIMEOUT_SECONDS: Final = 60.0
 CACHE_VERSION: Final = 1
 """Of the cached files' layout; a change of what is read makes the old ones void."""
 MAX_CONFIG_BYTES: Final = 4 * 2**20
+UNSEEN_REASONS: Final = frozenset({"SourceNotMounted", "UnsupportedSource"})
+"""The engine's node may well reach such a source, though this process can't."""
 REMOTE_FILESYSTEMS: Final = ("s3", "gs")
 
 
@@ -75,7 +77,8 @@ class ModelHub:
                 self._keep(files, cached)
             return _facts(source, files, cached)
         except CheckpointError as error:
-            return ModelUnavailable(error.reason, str(error), error.retryable)
+            unseen = error.reason in UNSEEN_REASONS
+            return ModelUnavailable(error.reason, str(error), error.retryable, unseen)
         except BrokenConfigError as error:
             return ModelUnavailable("BrokenConfig", f"{source}: {error}")
 
@@ -92,8 +95,7 @@ class ModelHub:
             if not directory.is_dir():
                 raise CheckpointError(
                     "SourceNotMounted",
-                    f"{source}: the claim {claim} is not mounted here, so the checkpoint can't be read; "
-                    "the plan needs its config.json",
+                    f"{source}: the claim {claim} is not mounted at {directory}, so its config.json can't be read",
                     retryable=True,
                 )
             return LocalFiles(directory / path)

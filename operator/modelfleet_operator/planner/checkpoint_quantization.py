@@ -121,9 +121,7 @@ def _modelopt(config: Config) -> CheckpointQuantization:
         return CheckpointQuantization("modelopt_mxfp8", "mxfp8", 8, group_size=32, ignored=ignored)
     if algorithm.startswith("FP8"):
         return CheckpointQuantization("modelopt", "w8a8-fp8", 8, ignored=ignored)
-    raise BrokenConfigError(
-        f"quantization_config of ModelOpt has the unknown quant_algo {algorithm or 'none'}"
-    )
+    raise BrokenConfigError(f"quantization_config has the unknown quant_algo {algorithm or 'none'}")
 
 
 def _bitsandbytes(config: Config) -> CheckpointQuantization:

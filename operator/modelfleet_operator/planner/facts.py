@@ -90,7 +90,7 @@ class CheckpointQuantization:
 
     Attributes:
         method: ``quant_method``, in the checkpoint's words: ``awq``, ``gptq``, ``fp8``, ...
-        scheme: canonical name of how weights and activations are kept: ``w4a16``, ``w8a8-int8``, ``w8a8-fp8``...
+        scheme: canonical name of how weights and activations are kept: ``w4a16``, ``w8a8-int8``, ...
         bits: of a weight.
         group_size: weights that share a scale; ``None`` means a whole channel or tensor.
         symmetric: no zero points.
@@ -144,7 +144,7 @@ class ModelFacts:
         model_type: ``model_type``.
         hidden_size: of the language model.
         intermediate_size: of its MLPs, or of one expert where the config names no other.
-        dense_intermediate_size: of what every token passes beside routed experts: dense layers, shared experts.
+        dense_intermediate_size: of what tokens pass beside routed experts: dense layers, shared experts.
         layers: of the language model.
         heads: query heads.
         kv_heads: key and value heads.
@@ -205,8 +205,11 @@ class ModelUnavailable:
         reason: ``NotFound``, ``Gated``, ``Unauthorized``, ``Unreachable``, ``BrokenConfig``, ...
         message: one sentence for people.
         retryable: may pass by itself.
+        unseen: the checkpoint can't be looked into from here at all, though an engine may well load it:
+            the variant is run as its user asks, without arithmetic.
     """
 
     reason: str
     message: str
     retryable: bool = False
+    unseen: bool = False

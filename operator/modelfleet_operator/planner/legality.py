@@ -229,7 +229,7 @@ def _dtype(case: _Case, declared: Declared) -> str | Rejection:
 
 
 def _dtype_note(case: _Case, dtype: str) -> str:
-    if dtype == case.facts.dtype or case.facts.dtype == "float32" or case.request.engine.dtype:
+    if case.facts.dtype in {dtype, "float32"} or case.request.engine.dtype:
         return ""
     if case.facts.dtype not in case.accelerator.dtypes:
         return f"{case.accelerator.name} has no {case.facts.dtype}: runs in {dtype}"
@@ -238,10 +238,9 @@ def _dtype_note(case: _Case, dtype: str) -> str:
 
 def _kv_cache(case: _Case, dtype: str) -> tuple[str, float, str] | Rejection:
     """Dtype of the KV cache, bytes of a value, and a note."""
-    asked = case.request.engine.kv_cache_dtype
-    if asked in {None, "auto"}:
+    asked = case.request.engine.kv_cache_dtype or "auto"
+    if asked == "auto":
         return dtype, 4.0 if dtype == "float32" else 2.0, ""
-    assert asked is not None
     found = case.accelerator.compute_capability
     if found is None:
         text = "the CPU backend keeps keys and values in 16 bits only"

@@ -65,9 +65,8 @@ class Footprint:
         if inside:
             parts += [f"- {_gib(size)} {name}" for name, size in self.overhead.parts() if size >= 0.005 * GIB]
         else:
-            parts.append(
-                f"- {_gib(self.counted or 0.0)} of {_gib(self.overhead.total)} for activations and runtime, the rest lies outside"
-            )
+            beside = "activations and runtime; the rest lies outside of the share"
+            parts.append(f"- {_gib(self.counted or 0.0)} of {_gib(self.overhead.total)} {beside}")
         parts.append(f"= {_gib(self.kv_cache)} for the KV cache")
         parts.append(self.layout.explain())
         return tuple(parts)

@@ -81,11 +81,9 @@ def resolve(
     found = facts.quantization
     declared = request.quantization
     if declared in checkpoint_names(found):
-        return (
-            Declared("unquantized", "", WeightScheme("none", 0.0))
-            if found is None
-            else _from_checkpoint(found, declared)
-        )
+        if found is None:
+            return Declared("unquantized", "", WeightScheme("none", 0.0))
+        return _from_checkpoint(found, declared)
     if found is None:
         at_load = rules.load_time.get(declared)
         if at_load is not None and version_key(version) >= at_load.since:
