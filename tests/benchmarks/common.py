@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,8 @@ def machine() -> dict[str, Any]:
         "machine.cores": len(os.sched_getaffinity(0)),
         "machine.kernel": platform.release(),
         "machine.python": platform.python_version(),
+        # An interpreter built without profile-guided optimization is a fifth to a third slower.
+        "machine.python_optimized": "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS")),
     }
 
 

@@ -121,6 +121,7 @@ defaults
   timeout server 3600s
   option http-keep-alive
   option abortonclose
+  option http-no-delay
   http-reuse always
 frontend front
   bind 127.0.0.1:{port}
