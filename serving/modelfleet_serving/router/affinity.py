@@ -10,7 +10,7 @@ Interface::
     if prompt is not None:
         endpoint = affinity.choose(group, prompt)           # None when all are full
         affinity.record(prompt, endpoint)                   # at dispatch: a burst stays together
-        pending_cells[endpoint.cell] += prompt_kib(prompt.size - prompt.held)   # until the first byte
+        pending_cells[endpoint.cell] += reading_kib(body, prompt.size, prompt.held)   # until the first byte
 
 (:class:`modelfleet_serving.router.choice.Selector` does the choosing and recording.)
 
@@ -37,7 +37,13 @@ from typing import Final
 
 from modelfleet_serving.router.policy.fingerprint import BLOCK, Fingerprint, fingerprint, seed_of
 from modelfleet_serving.router.policy.group import Group, R, replica_code
-from modelfleet_serving.router.policy.load import READING_KIB, LoadView, prompt_kib
+from modelfleet_serving.router.policy.load import (
+    READING_KIB,
+    LoadView,
+    prompt_kib,
+    readable_bytes,
+    reading_kib,
+)
 from modelfleet_serving.router.policy.prefix_table import DEFAULT_BYTES, PrefixTable
 
 __all__ = [
@@ -49,6 +55,8 @@ __all__ = [
     "PrefixTable",
     "fingerprint",
     "prompt_kib",
+    "readable_bytes",
+    "reading_kib",
     "seed_of",
 ]
 

@@ -12,7 +12,7 @@ from modelfleet_serving.router.affinity import (
     PrefixAffinity,
     PrefixTable,
     fingerprint,
-    prompt_kib,
+    reading_kib,
 )
 from modelfleet_serving.router.choice import Selector, session_key
 from modelfleet_serving.router.health import Circuit, Failure, State, limit_of
@@ -125,7 +125,8 @@ class Dispatcher:
         """Counts a request on its engine before it is sent there: the next choice sees it."""
         self._cells[endpoint.cell] += 1
         prompt = exchange.prompt
-        kib = prompt_kib(prompt.size - prompt.held if prompt is not None else len(exchange.request.body))
+        body = exchange.request.body
+        kib = reading_kib(body) if prompt is None else reading_kib(body, prompt.size, prompt.held)
         if kib:
             exchange.reading = kib
             self._reading[endpoint.cell] += kib

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from modelfleet_serving.router import builtin
-from modelfleet_serving.router.affinity import Fingerprint
+from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
 from modelfleet_serving.router.api import OPERATIONS, Kind, Operation
 from modelfleet_serving.router.continuation import NotContinuableError, continue_stream
 from modelfleet_serving.router.errors import RequestError
@@ -153,7 +153,7 @@ class Exchange:
     def _admit(self, tenant: Tenant) -> None:
         self.salt = tenant.name
         tenant.check(self.target.name, self.target.pin)
-        size = len(self.request.body)
+        size = readable_bytes(self.request.body)
         output = self.peek.output_limit if self.peek is not None else 0
         self.lease = self.worker.tenancy.admit(tenant, size, output)
         if tenant.rates[1] is not None or tenant.rates[2] is not None:

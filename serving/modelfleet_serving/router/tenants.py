@@ -8,7 +8,7 @@ Interface::
     tenant = table.authenticate(headers.get(b"authorization"), headers.get(b"x-api-key"))   # RequestError 401
     tenant.check(model_or_adapter)                                                          # RequestError 403
     variants = tenant.variants_of(model)             # None: all; else the only ones to choose from
-    lease = quotas.admit(tenant, now, input_tokens=estimate_tokens(len(body)), output_tokens=max_tokens)
+    lease = quotas.admit(tenant, now, input_tokens=estimate_tokens(readable_bytes(body)), output_tokens=max_tokens)
     answer += lease.headers                          # x-ratelimit-*; RequestError 429 has them too
     lease.settle(now, prompt_tokens, completion_tokens)     # when it ends, with the engine's usage
 

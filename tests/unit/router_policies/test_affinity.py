@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import mmap
 import random
@@ -19,6 +20,8 @@ from modelfleet_serving.router.affinity import (
     PrefixAffinity,
     PrefixTable,
     fingerprint,
+    readable_bytes,
+    reading_kib,
     seed_of,
 )
 from modelfleet_serving.router.choice import Group, Pool, Selector
@@ -118,6 +121,38 @@ def test_a_raw_message_list_of_a_parsed_body_is_taken_without_a_copy() -> None:
 def test_blocks_of_a_huge_prompt_are_few() -> None:
     assert len(prompt_of(b"x" * 220_000).hashes) < 30
     assert len(prompt_of(b"x" * 64_000_000).hashes) < 64
+
+
+# --- What an engine has to read ---
+
+
+@pytest.mark.parametrize(
+    "words", [["word "], ["日本語の文章です"], ["x=1;\n", "y=[2]\n"], ["café ", "naïve "]]
+)
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_text_counts_in_full(words: list[str], ascii_only: bool) -> None:
+    text = "".join(random.Random(3).choices(words, k=8_000))
+    body = json.dumps({"prompt": text}, ensure_ascii=ascii_only).encode()
+    assert readable_bytes(body) == len(body) > 30_000
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_000, 20_000_000])
+def test_an_image_counts_for_little(size: int) -> None:
+    image = base64.b64encode(random.Random(1).randbytes(size * 3 // 4)).decode()
+    question = "what is on this picture? " * 400
+    content = [
+        {"type": "text", "text": question},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+    ]
+    body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    assert len(question) * 0.5 < readable_bytes(body) < len(question) + 0.1 * size
+
+
+def test_what_is_held_is_not_read_again() -> None:
+    body = b"word " * 8_000
+    assert reading_kib(body) == 40
+    assert reading_kib(body, size=1000, held=750) == 10
+    assert reading_kib(body, size=1000, held=1000) == 0
 
 
 # --- Table ---
