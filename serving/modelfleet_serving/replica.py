@@ -16,6 +16,7 @@ from typing import Final
 import ray
 
 from modelfleet_serving.contract import ApplicationArgs
+from modelfleet_serving.serve_ports import confine
 from modelfleet_serving.supervisor.supervisor import Supervisor
 
 BIND_HOST: Final = "MODELFLEET_BIND_HOST"
@@ -28,6 +29,7 @@ class Replica:
     async def __init__(self, args: ApplicationArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         # Nothing is waited for: an engine may take half an hour to load, and the registry tells of it.
         node = ray.util.get_node_ip_address()
+        confine(node)
         name = f"{args.application}.{secrets.token_hex(3)}"
         self._supervisor = Supervisor(
             args=args,

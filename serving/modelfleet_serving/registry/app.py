@@ -7,11 +7,13 @@ import logging
 from typing import Any, Final
 
 import msgspec
+import ray
 from ray import serve
 
 from modelfleet_serving.contract import REGISTRY_PORT
 from modelfleet_serving.ray_token import authentication_disabled, load_token
 from modelfleet_serving.registry.server import PortTakenError, RegistryServer
+from modelfleet_serving.serve_ports import confine
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class RegistryReplica:
     """Holds the server; nobody calls it through Serve."""
 
     async def __init__(self, args: RegistryArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        confine(ray.util.get_node_ip_address())
         token = load_token()
         if token is None and not authentication_disabled():
             raise RuntimeError("the registry has no token: Ray's authentication has none for it")
