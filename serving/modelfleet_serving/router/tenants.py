@@ -8,7 +8,8 @@ Interface::
     tenant = table.authenticate(headers.get(b"authorization"), headers.get(b"x-api-key"))   # RequestError 401
     tenant.check(model_or_adapter)                                                          # RequestError 403
     variants = tenant.variants_of(model)             # None: all; else the only ones to choose from
-    lease = quotas.admit(tenant, now, input_tokens=estimate_tokens(readable_bytes(body)), output_tokens=max_tokens)
+    tokens = estimate_tokens(readable_bytes(body))
+    lease = quotas.admit(tenant, now, input_tokens=tokens, output_tokens=max_tokens)
     answer += lease.headers                          # x-ratelimit-*; RequestError 429 has them too
     lease.settle(now, prompt_tokens, completion_tokens)     # when it ends, with the engine's usage
 
