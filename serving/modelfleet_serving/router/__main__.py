@@ -18,6 +18,7 @@ from modelfleet_serving.router.settings import Settings, SettingsError, parse_se
 from modelfleet_serving.router.sources import FileSource, RegistrySource
 from modelfleet_serving.router.supervisor import process_id, reserve_port, running
 from modelfleet_serving.router.table import TableError
+from modelfleet_serving.router_native import available
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ async def serve(settings: Settings) -> None:
 
 def _announce(settings: Settings, host: str, port: int) -> None:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    _log.info("listening on %s", address)
+    _log.info("listening on %s (data path %s)", address, "compiled" if available() else "interpreted")
     if settings.port_file:
         path = Path(settings.port_file)
         fresh = path.with_name(path.name + ".new")

@@ -28,8 +28,8 @@ _MIN_BODY_RATE: Final = 1024.0
 _NEVER: Final = float("inf")
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client connection.
+class ClientConnection:
+    """One client connection: a protocol of asyncio.
 
     Requests are answered in order; of a pipelining client the further ones wait parsed. While a request runs
     the socket is still read, since only so a client that leaves is noticed at once.

@@ -23,7 +23,7 @@ from modelfleet_serving.router.tenants import (
 
 _log = logging.getLogger(__name__)
 
-POLL_SECONDS: Final = 1.0
+POLL_SECONDS = 1.0
 _OPEN_PATHS: Final = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 
 

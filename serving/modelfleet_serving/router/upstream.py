@@ -7,7 +7,7 @@ import contextlib
 import logging
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from modelfleet_serving.router.response import FramingError, ResponseHead
 
@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 MAX_HEAD_BYTES: Final = 256 * 1024
 
 
-class UpstreamConnection(asyncio.Protocol):
-    """One connection to an engine. Carries one request at a time.
+class UpstreamConnection:
+    """One connection to an engine: a protocol of asyncio. Carries one request at a time.
 
     Attributes:
         exchange: the request that it carries, or ``None`` while it is idle.
@@ -153,8 +153,9 @@ class Connector:
             options = {"ssl": self._context(), "server_hostname": endpoint.host}
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await self._loop.create_connection(
-                    lambda: UpstreamConnection(endpoint), endpoint.host, endpoint.port, **options
+                connection = UpstreamConnection(endpoint)
+                await self._loop.create_connection(
+                    lambda: cast("asyncio.BaseProtocol", connection), endpoint.host, endpoint.port, **options
                 )
         except TimeoutError:
             exchange.on_connect_failed(endpoint, f"no connection within {self._connect_timeout:g} s")

@@ -9,7 +9,7 @@ import secrets
 import ssl
 import time
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from modelfleet_serving.router.accesslog import AccessLog
 from modelfleet_serving.router.counters import Counters
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 METRICS_TYPE: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
-SWEEP_SECONDS: Final = 0.1
+SWEEP_SECONDS = 0.1
 _SLICE: Final = 20
 """Models taken over in one turn of the event loop."""
 
@@ -83,7 +83,7 @@ class Worker:
     async def listen(self, host: str, port: int) -> asyncio.Server:
         """Opens this worker's own listening socket: the kernel spreads connections over the workers'."""
         return await self.loop.create_server(
-            lambda: ClientConnection(self),
+            lambda: cast("asyncio.BaseProtocol", ClientConnection(self)),
             host,
             port,
             backlog=self.settings.backlog,
