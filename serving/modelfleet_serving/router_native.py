@@ -1,0 +1,156 @@
+"""The data path as machine code, where this machine can make it: the same modules, compiled by mypyc.
+
+``python -m modelfleet_serving.router_native`` compiles (about a minute, needs mypy and a C compiler) into
+``$MODELFLEET_CACHE/router/KEY``, or the user's cache directory. From then on :func:`use` finds it. The key is
+a hash of the sources and the interpreter: changed sources are run as they are until they are compiled again,
+never by an outdated library. ``MODELFLEET_ROUTER_NATIVE=0`` runs the sources in any case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+PACKAGE: Final = Path(__file__).parent / "router"
+# What runs for every request or chunk. Modules with msgspec structs can't be compiled, and needn't be:
+# msgspec is C.
+MODULES: Final = (
+    "affinity",
+    "builtin",
+    "choice",
+    "counters",
+    "dispatch",
+    "exchange",
+    "health",
+    "relay",
+    "reply",
+    "request",
+    "response",
+    "routing",
+    "server",
+    "table",
+    "tenancy",
+    "upstream",
+    "usage",
+    "waiting",
+    "worker",
+    "policy/fingerprint",
+    "policy/group",
+    "policy/load",
+    "policy/prefix_table",
+    "policy/quota",
+    "policy/split",
+)
+_CONFIGURATION: Final = """
+[tool.mypy]
+python_version = "{version}"
+explicit_package_bases = true
+[[tool.mypy.overrides]]
+module = ["httptools.*", "ray.*"]
+ignore_missing_imports = true
+follow_imports = "skip"
+"""
+_DONE: Final = "complete"
+
+
+def _root() -> Path:
+    configured = os.environ.get("MODELFLEET_CACHE")
+    base = (
+        Path(configured).expanduser().absolute() if configured else platformdirs.user_cache_path("modelfleet")
+    )
+    return base / "router"
+
+
+@cache
+def _directory() -> Path:
+    """Where the library for these very sources and this interpreter is, or would be."""
+    digest = hashlib.sha256(f"{sys.version} {sysconfig.get_platform()} {sys.flags.optimize}".encode())
+    for module in MODULES:
+        digest.update(module.encode() + b"\0" + (PACKAGE / f"{module}.py").read_bytes())
+    return _root() / digest.hexdigest()[:20]
+
+
+def available() -> bool:
+    """Whether compiled modules for these sources exist and are wanted."""
+    if os.environ.get("MODELFLEET_ROUTER_NATIVE") == "0":
+        return False
+    try:
+        return (_directory() / _DONE).exists()
+    except OSError:
+        return False
+
+
+def use(search: list[str], package: str) -> None:
+    """Lets a package's ``__path__`` begin with its compiled modules, where there are any."""
+    if not available():
+        return
+    directory = str(_directory())
+    if directory not in sys.path:
+        sys.path.append(directory)  # for the library that the modules share
+    search.insert(0, str(_directory().joinpath(*package.split("."))))
+
+
+def build() -> Path:
+    """Compiles the modules unless that was done; returns the directory.
+
+    Raises:
+        RuntimeError: with the compiler's words.
+    """
+    target = _directory()
+    if (target / _DONE).exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        root = Path(scratch)
+        top = root / PACKAGE.parent.name
+        shutil.copytree(PACKAGE.parent, top, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        (root / "pyproject.toml").write_text(_CONFIGURATION.format(version=version))
+        sources = [f"{PACKAGE.parent.name}/{PACKAGE.name}/{module}.py" for module in MODULES]
+        environment = {**os.environ, "MODELFLEET_ROUTER_NATIVE": "0", "MYPYC_OPT_LEVEL": "3"}
+        done = subprocess.run(
+            [sys.executable, "-m", "mypyc", *sources],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+        )
+        if done.returncode:
+            raise RuntimeError(f"mypyc failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        result = root / "result"
+        built = [path for path in root.rglob("*.so") if path.relative_to(root).parts[0] != "build"]
+        for library in built:
+            place = result / library.relative_to(root)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(library, place)
+        (result / _DONE).touch()
+        if not target.exists():
+            result.rename(target)
+    return target
+
+
+def main() -> int:
+    """Entry point of the compilation."""
+    print("compiling the router's data path, about a minute", flush=True)
+    try:
+        print(build())
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        print(f"the data path stays interpreted: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
