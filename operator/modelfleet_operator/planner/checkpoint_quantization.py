@@ -126,8 +126,13 @@ def _modelopt(config: Config) -> CheckpointQuantization:
 
 def _bitsandbytes(config: Config) -> CheckpointQuantization:
     bits = 8 if config.get("load_in_8bit") else 4
-    return CheckpointQuantization("bitsandbytes", f"w{bits}a16-bnb", bits, group_size=64 if bits == 4 else None,
-                                  ignored=words(config.get("llm_int8_skip_modules")))  # fmt: skip
+    return CheckpointQuantization(
+        "bitsandbytes",
+        f"w{bits}a16-bnb",
+        bits,
+        group_size=64 if bits == 4 else None,
+        ignored=words(config.get("llm_int8_skip_modules")),
+    )
 
 
 def _mxfp4(config: Config) -> CheckpointQuantization:

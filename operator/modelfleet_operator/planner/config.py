@@ -225,7 +225,7 @@ def _layers(shape: Shape, kind: AttentionKind, count: int, window: int | None = 
 
 
 def _linear_layers(text: Config, count: int) -> AttentionLayers:
-    """State of a gated delta net (Qwen3-Next and later): a float32 matrix per value head and a convolution."""
+    """State of a gated delta net (Qwen3-Next): a float32 matrix per value head, and a convolution."""
     key_dim = integer(text, "linear_key_head_dim", default=128)
     value_dim = integer(text, "linear_value_head_dim", default=128)
     key_heads = integer(text, "linear_num_key_heads", default=16)

@@ -7,6 +7,7 @@ vLLM lays all layers of a kind into groups of equal size that share one pool of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -36,8 +37,9 @@ class KVLayout:
         layers_per_group: layers of each group, padding included.
         groups: the groups.
         in_flight_tokens: tokens of the steps in flight, which a sliding window holds besides its own.
-        bytes_per_token: of all layers of this rank, while no window is full; for the explanation.
-        description: where that figure comes from.
+        kinds: what the groups were made of, with the layers of this rank.
+        dtype_bytes: bytes of a cached value.
+        tensor_parallel: ranks that share a layer.
     """
 
     block_size: int
@@ -45,8 +47,9 @@ class KVLayout:
     layers_per_group: int
     groups: tuple[Group, ...]
     in_flight_tokens: int
-    bytes_per_token: float
-    description: str
+    kinds: tuple[tuple[AttentionLayers, int], ...] = ()
+    dtype_bytes: float = 2.0
+    tensor_parallel: int = 1
 
     @property
     def empty(self) -> bool:
@@ -86,6 +89,8 @@ class KVLayout:
         blocks = self.blocks(memory)
         if self.blocks_per_request(limit) <= blocks:
             return limit
+        if all(group.window is None and group.kind is not AttentionKind.LINEAR for group in self.groups):
+            return blocks // len(self.groups) * self.block_size
         low, high = 0, limit
         while low < high:  # longest context whose blocks fit
             middle = (low + high + 1) // 2
@@ -97,7 +102,10 @@ class KVLayout:
 
     def explain(self) -> str:
         """One line: bytes of a token."""
-        return "no KV cache: the model attends in both directions" if self.empty else self.description
+        if self.empty:
+            return "no KV cache: the model attends in both directions"
+        per_token = sum(_token_bytes(a, self.dtype_bytes, self.tensor_parallel) * n for a, n in self.kinds)
+        return _describe(self.kinds, self.dtype_bytes, self.tensor_parallel, per_token)
 
     def _group_blocks(self, group: Group, tokens: int) -> int:
         if group.kind is AttentionKind.LINEAR:
@@ -132,7 +140,7 @@ def kv_layout(
     """
     kinds = [a for a in facts.attention if a.kind is not AttentionKind.ENCODER]
     if not kinds:
-        return KVLayout(block_size, 0, 1, (), in_flight_tokens, 0.0, "")
+        return KVLayout(block_size, 0, 1, (), in_flight_tokens)
     attending = [a for a in kinds if a.kind is not AttentionKind.LINEAR] or kinds
     linear = [a for a in kinds if a.kind is AttentionKind.LINEAR]
     token_bytes = max(_token_bytes(a, dtype_bytes, tensor_parallel) for a in attending)
@@ -141,18 +149,18 @@ def kv_layout(
         state = max(a.state_bytes for a in linear) / tensor_parallel
         block_size = max(block_size, ceil(state / token_bytes / block_size) * block_size)
     page = int(token_bytes * block_size) or max(a.state_bytes for a in linear) // tensor_parallel
-    counts = [(a, ceil(a.layers / pipeline_parallel)) for a in kinds]
+    counts = tuple((a, ceil(a.layers / pipeline_parallel)) for a in kinds)
     size = _group_size([n for _, n in counts])
     groups = tuple(Group(a.kind, a.window) for a, n in counts for _ in range(ceil(n / size)))
-    per_token = sum(_token_bytes(a, dtype_bytes, tensor_parallel) * n for a, n in counts)
     return KVLayout(
         block_size=block_size,
         page_bytes=page,
         layers_per_group=size,
         groups=groups,
         in_flight_tokens=in_flight_tokens,
-        bytes_per_token=per_token,
-        description=_describe(counts, dtype_bytes, tensor_parallel, per_token),
+        kinds=counts,
+        dtype_bytes=dtype_bytes,
+        tensor_parallel=tensor_parallel,
     )
 
 
@@ -173,7 +181,10 @@ def _group_size(counts: list[int]) -> int:
 
 
 def _describe(
-    counts: list[tuple[AttentionLayers, int]], dtype_bytes: float, tensor_parallel: int, per_token: float
+    counts: Sequence[tuple[AttentionLayers, int]],
+    dtype_bytes: float,
+    tensor_parallel: int,
+    per_token: float,
 ) -> str:
     parts = []
     for layers, count in counts:

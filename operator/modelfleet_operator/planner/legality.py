@@ -205,7 +205,7 @@ def _dtype(case: _Case, declared: Declared) -> str | Rejection:
     if asked is not None and asked not in native:
         return case.refuse(
             Rule.DTYPE_NOT_SUPPORTED,
-            f"{case.accelerator.name} (compute capability {case.accelerator.capability_name}) has no {asked}: "
+            f"{case.accelerator.name} ({case.accelerator.capability_name}) has no {asked}: "
             "leave engine.dtype out or set Float16",
             "vllm/platforms/cuda.py check_if_supports_dtype: bfloat16 needs compute capability 8.0",
         )
@@ -216,7 +216,7 @@ def _dtype(case: _Case, declared: Declared) -> str | Rejection:
             return case.refuse(
                 Rule.DTYPE_NOT_SUPPORTED,
                 f"{declared.label} runs in {' or '.join(sorted(allowed.dtypes))} only",
-                f"{case.request.engine.type} {case.source.version}: get_supported_act_dtypes of {declared.method}",
+                f"{case.engine}: get_supported_act_dtypes of {declared.method}",
             )
         choice = others[0]
     if choice == "float16" and case.facts.model_type in case.rules.no_float16:

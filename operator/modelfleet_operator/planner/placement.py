@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from heapq import heappop, heappush
+from typing import Final
 
+from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.planner.capacity import GroupCapacity
+from modelfleet_operator.planner.facts import AttentionKind, ModelFacts
 from modelfleet_operator.planner.sizing import pack_variant, size_variant
 from modelfleet_operator.planner.types import (
     AcceleratorGroup,
@@ -17,7 +21,10 @@ from modelfleet_operator.planner.types import (
     VariantPlan,
     VariantRequest,
 )
-from modelfleet_operator.planner.unseen import Sized
+from modelfleet_operator.planner.unseen import Sized, cost_of
+
+SMALLEST_SHARE: Final = 0.05
+"""Of an accelerator: the smallest step of a share."""
 
 
 def plan_variant(request: VariantRequest, pool: PoolView) -> PlanResult:
@@ -40,6 +47,12 @@ def plan_all(requests: Mapping[str, VariantRequest], pool: PoolView) -> dict[str
     return {key: results[key] for key in requests}
 
 
+def _ranked(found: list[Sized]) -> tuple[VariantPlan, ...]:
+    """Plans by cost, each with its rank."""
+    ordered = sorted((sized.plan for sized in found), key=lambda plan: plan.cost)
+    return tuple(replace(plan, cost_rank=rank) for rank, plan in enumerate(ordered, 1))
+
+
 class _Placement:
     """Placing one variant."""
 
@@ -48,37 +61,82 @@ class _Placement:
         self.groups: dict[str, AcceleratorGroup] = {group.accelerator: group for group in pool.groups}
         self.capacity = capacity
         self.rejections: list[Rejection] = []
+        self.asked: set[tuple[str, int | None]] = set()
 
     def run(self) -> PlanResult:
-        candidates = self._candidates()
-        ranked = sorted(candidates, key=lambda c: c[1].plan.cost)
-        plans = tuple(replace(c[1].plan, cost_rank=rank) for rank, c in enumerate(ranked, 1))
-        ranks = {id(c[1]): plan.cost_rank for c, plan in zip(ranked, plans, strict=True)}
-        ordered = candidates if self.request.accelerators else ranked
-        if self.request.current is not None:
-            ordered = sorted(ordered, key=lambda c: c[1].plan.accelerator != self.request.current)
-        for preference, sized in ordered:
-            placed = self._place_whole_or_packed(preference, sized)
-            if placed is not None:
-                chosen = replace(placed, cost_rank=ranks[id(sized)])
-                return PlanResult(chosen, tuple(self.rejections), plans, message=self._placed(chosen))
-        return self._refused(plans)
+        seen: list[Sized] = []
+        for preference, sized in self._in_order():
+            seen.append(sized)
+            plan = self._place_whole_or_packed(preference, sized)
+            if plan is not None:
+                # Those that are still to come were asked for as well: their cost ranks, too.
+                seen += [s for p in self.request.accelerators for s in self._sized(p, quietly=True)]
+                candidates = _ranked(seen)
+                rank = next((c.cost_rank for c in candidates if c.accelerator == plan.accelerator), 1)
+                chosen = replace(plan, cost_rank=rank)
+                return PlanResult(chosen, tuple(self.rejections), candidates, message=self._placed(chosen))
+        return self._refused(_ranked(seen))
 
-    def _candidates(self) -> list[tuple[AcceleratorPreference, Sized]]:
-        preferences = self.request.accelerators or tuple(AcceleratorPreference(name) for name in self.groups)
-        found = []
-        for preference in preferences:
-            group = self.groups.get(preference.type)
-            if group is None:
-                text = f"the pool has no {preference.type}"
-                self.rejections.append(Rejection(preference.type, Rule.NOT_IN_POOL, text))
-                continue
-            sized = size_variant(self.request, preference, group)
-            if isinstance(sized, Sized):
-                found.append((preference, sized))
-            else:
-                self.rejections.append(sized)
-        return found
+    def _in_order(self) -> Iterator[tuple[AcceleratorPreference, Sized]]:
+        """Ways to run the variant, best first: where it runs now, then as preferred, or the cheapest first."""
+        asked = self.request.accelerators
+        if not asked:
+            yield from self._cheapest_first()
+            return
+        for preference in sorted(asked, key=lambda p: p.type != self.request.current):
+            for sized in self._sized(preference):
+                yield preference, sized
+
+    def _cheapest_first(self) -> Iterator[tuple[AcceleratorPreference, Sized]]:
+        """All accelerators of the pool by the cost of a replica.
+
+        A replica costs at least one accelerator, so a group is sized only when its turn may have come.
+        """
+        floors = sorted(
+            (self._floor(group), n, group.accelerator) for n, group in enumerate(self.groups.values())
+        )
+        ready: list[tuple[float, int, Sized]] = []
+        for n, (floor, _, name) in enumerate(floors):
+            while ready and ready[0][0] <= floor:
+                sized = heappop(ready)[2]
+                yield AcceleratorPreference(sized.plan.accelerator), sized
+            for sized in self._sized(AcceleratorPreference(name)):
+                cost = -1.0 if name == self.request.current else sized.plan.cost
+                heappush(ready, (cost, n, sized))
+        while ready:
+            sized = heappop(ready)[2]
+            yield AcceleratorPreference(sized.plan.accelerator), sized
+
+    def _floor(self, group: AcceleratorGroup) -> float:
+        if group.accelerator == self.request.current:
+            return -1.0
+        share = SMALLEST_SHARE if self._may_share() else 1.0
+        return cost_of(group, accelerator(group.accelerator), 1.0) * share
+
+    def _may_share(self) -> bool:
+        """Whether a replica may be planned on less than a whole accelerator from the start."""
+        model = self.request.model
+        keeps_nothing = isinstance(model, ModelFacts) and all(
+            a.kind is AttentionKind.ENCODER for a in model.attention
+        )
+        return keeps_nothing or self.request.engine.gpu_memory_percent is not None
+
+    def _sized(self, preference: AcceleratorPreference, *, quietly: bool = False) -> Iterator[Sized]:
+        key = (preference.type, preference.count)
+        if key in self.asked:
+            return
+        self.asked.add(key)
+        group = self.groups.get(preference.type)
+        if group is None:
+            found: Sized | Rejection = Rejection(
+                preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}"
+            )
+        else:
+            found = size_variant(self.request, preference, group)
+        if isinstance(found, Sized):
+            yield found
+        elif not quietly:
+            self.rejections.append(found)
 
     def _place_whole_or_packed(self, preference: AcceleratorPreference, sized: Sized) -> VariantPlan | None:
         capacity = self.capacity[sized.plan.accelerator]

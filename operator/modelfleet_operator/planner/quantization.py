@@ -89,8 +89,10 @@ def resolve(
         if at_load is not None and version_key(version) >= at_load.since:
             size = 1.0 if at_load.scheme.startswith("w8") else 0.5
             return Declared(declared, at_load.method, WeightScheme(at_load.scheme, size), at_load.method)
-        return _mismatch(f"the checkpoint is not quantized, and {request.engine.type} {version} does not apply "
-                         f"{declared} at load: point the variant's source at a checkpoint in {declared}")  # fmt: skip
+        return _mismatch(
+            f"the checkpoint is not quantized, and {request.engine.type} {version} does not apply {declared} "
+            f"at load: point the variant's source at a checkpoint in {declared}"
+        )
     names = " or ".join(sorted(checkpoint_names(found)))
     return _mismatch(
         f"declared {declared}, but the checkpoint is {names} ({found.method}, {found.scheme}): "

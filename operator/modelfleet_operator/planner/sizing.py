@@ -27,7 +27,7 @@ from modelfleet_operator.planner.types import (
     VariantRequest,
 )
 from modelfleet_operator.planner.unseen import Sized, cost_of, resources_of, simulated, unseen
-from modelfleet_operator.planner.weights import DTYPE_BYTES
+from modelfleet_operator.planner.weights import DTYPE_BYTES, weights_per_rank
 from modelfleet_serving.contract import EngineSettings, Task
 
 SIMULATOR = "Simulator"
@@ -133,6 +133,8 @@ class _Sizing:
         stages = engine.pipeline_parallel_size if engine.pipeline_parallel_size > 1 else None
         per_node = min(len(shape.gpus), 1) if self.accelerator.slice else len(shape.gpus)
         last: Rejection | None = None
+        hopeless: tuple[int, int] | None = None
+        weights = weights_per_rank(self.facts, self.verdict.scheme, self._split(1, 1), self._dtype_bytes)
         for tensor, pipeline in splits(
             self.facts,
             tensor_parallel=fixed,
@@ -148,11 +150,25 @@ class _Sizing:
                 )
             if problem is not None:
                 return self._refuse(Rule.TENSOR_PARALLEL, problem)
+            if weights / (tensor * pipeline) > self.accelerator.memory_gib * GIB:
+                hopeless, last = (tensor, pipeline), None  # no split makes a rank smaller than its share
+                continue
             outcome = self._on_gpus(tensor, pipeline)
             if isinstance(outcome, Sized):
                 return outcome
             last = outcome
+        if last is None and hopeless is not None:
+            return self._on_gpus(*hopeless)
         return last or self._refuse(Rule.TENSOR_PARALLEL, self._no_split(per_node))
+
+    @property
+    def _dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.verdict.dtype]
+
+    def _split(self, tensor: int, pipeline: int) -> EngineSettings:
+        return msgspec.structs.replace(
+            self.request.engine, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline
+        )
 
     def _no_split(self, per_node: int) -> str:
         if not per_node:
@@ -163,8 +179,7 @@ class _Sizing:
         )
 
     def _refuse(self, rule: Rule, message: str, foot: Footprint | None = None) -> Rejection:
-        lines = foot.lines() if foot is not None else ()
-        return Rejection(self.accelerator.name, rule, message, "memory arithmetic" if foot else "", lines)
+        return Rejection(self.accelerator.name, rule, message, "memory arithmetic" if foot else "", foot)
 
     def _context(self) -> int:
         return self.request.engine.max_model_len or self.facts.max_context
@@ -187,16 +202,14 @@ class _Sizing:
             self.defaults,
             self.accelerator,
             memory_gib=memory_gib,
-            dtype_bytes=DTYPE_BYTES[self.verdict.dtype],
+            dtype_bytes=self._dtype_bytes,
             batch=batch,
             layout=layout,
             generates=self.request.task in {Task.GENERATE, Task.TRANSCRIBE},
         )
 
     def _on_gpus(self, tensor: int, pipeline: int) -> Sized | Rejection:
-        settings = msgspec.structs.replace(
-            self.request.engine, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline
-        )
+        settings = self._split(tensor, pipeline)
         context = self._context()
         estimate = self._footprint(settings, context, self.accelerator.memory_gib)
         settings, estimate = self._encoder_share(settings, estimate, tensor, pipeline)
@@ -252,11 +265,10 @@ class _Sizing:
 
     def _memory_problem(self, foot: Footprint, context: int, context_fits: int) -> Rejection | None:
         usable = foot.memory * foot.share
-        ranks = "" if foot.weights < usable else " even so"
         if foot.kv_cache <= 0:
             text = (
                 f"weights {foot.weights / GIB:.1f} GiB and overhead {foot.overhead.total / GIB:.1f} GiB "
-                f"don't fit the {usable / GIB:.1f} GiB that the engine may take of one {self.accelerator.name}{ranks}"
+                f"don't fit the {usable / GIB:.1f} GiB that the engine may take of a {self.accelerator.name}"
             )
             return self._refuse(Rule.WEIGHTS_DO_NOT_FIT, text, foot)
         if foot.layout.empty:
@@ -308,7 +320,7 @@ class _Sizing:
             resources=resources_of(self.group, self.accelerator, cpus, total),
             spot=self.group.spot,
             settings=applied,
-            arithmetic=foot.lines(),
+            memory=foot,
             notes=(*self.verdict.notes, *self._multimodal_notes(context)),
         )
         return Sized(plan, Demand(gpus, cpus, host_gib, settings.pipeline_parallel_size))
@@ -339,10 +351,11 @@ class _Sizing:
         tokens = items * vision.max_item_tokens
         if tokens <= context:
             return ()
-        return (
-            f"{items} {vision.modality}{'s' if items > 1 else ''} of the largest size would take {tokens:,} tokens, "
-            f"the context has {context:,}: such requests are answered with an error",
+        text = (
+            f"{items} x {vision.modality} of the largest size would take {tokens:,} tokens, "
+            f"the context has {context:,}: such requests are answered with an error"
         )
+        return (text,)
 
     def _on_cpu(self, node: NodeCapacity) -> Sized | Rejection:
         """Weights and KV cache in host memory; the cache is given a size of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from modelfleet_operator.planner.facts import ModelFacts, ModelUnavailable
 from modelfleet_serving.contract import EngineSettings, ReplicaResources, Task
@@ -153,6 +153,14 @@ class PoolView:
     groups: tuple[AcceleratorGroup, ...]
 
 
+class Arithmetic(Protocol):
+    """A sum that can be shown; worked out only when somebody asks."""
+
+    def lines(self) -> tuple[str, ...]:
+        """The sum for people, one summand a line."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """Why a variant does not run on an accelerator.
@@ -162,7 +170,7 @@ class Rejection:
         rule: stable word.
         message: the rule or the arithmetic, for people.
         source: where the rule comes from: engine, version, file, or the formula.
-        arithmetic: the sum, line by line.
+        memory: the sum behind it.
         retryable: may pass by itself, such as a hub that can't be reached.
     """
 
@@ -170,8 +178,13 @@ class Rejection:
     rule: Rule
     message: str
     source: str = ""
-    arithmetic: tuple[str, ...] = ()
+    memory: Arithmetic | None = None
     retryable: bool = False
+
+    @property
+    def arithmetic(self) -> tuple[str, ...]:
+        """The sum, line by line."""
+        return self.memory.lines() if self.memory else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +214,7 @@ class VariantPlan:
         settings: what the plan changed in them, with the reason of each.
         resources: what Ray reserves for one replica.
         measured: whether sizes come from an engine's report; then ``estimate`` holds the calculation.
-        arithmetic: the sum, line by line.
+        memory: the sum behind it.
         notes: what the user should know, such as weight-only FP8.
     """
 
@@ -228,8 +241,13 @@ class VariantPlan:
     settings: Mapping[str, str] = field(default_factory=dict)
     measured: Measurement | None = None
     estimate: Measurement | None = None
-    arithmetic: tuple[str, ...] = ()
+    memory: Arithmetic | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def arithmetic(self) -> tuple[str, ...]:
+        """The sum, line by line."""
+        return self.memory.lines() if self.memory else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +257,7 @@ class PlanResult:
     Attributes:
         plan: the chosen one; ``None`` where the variant can't run.
         rejections: accelerators that were preferred to the chosen one or possible at all, and why not.
-        candidates: every accelerator of the pool that could run it if it were free, the cheapest first.
+        candidates: ways to run it on the accelerators that were looked at, free or not, the cheapest first.
         reason: ``Planned``, or the rule of the weightiest rejection.
         message: for people.
     """

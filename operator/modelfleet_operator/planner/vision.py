@@ -85,8 +85,11 @@ def _qwen(vision: Config, hidden: int, model_type: str) -> ParsedVision:
     patch = integer(vision, "patch_size", "spatial_patch_size", default=14)
     merge = integer(vision, "spatial_merge_size", default=2)
     gated = model_type.startswith(("qwen2_5_vl", "qwen2_5_omni"))
-    parameters = _vit_parameters(layers, width, intermediate, patch_inputs=3 * 2 * patch * patch,
-                                 positions=integer(vision, "num_position_embeddings", default=0), gated=gated)  # fmt: skip
+    positions = integer(vision, "num_position_embeddings", default=0)
+    inputs = 3 * 2 * patch * patch  # two frames a patch
+    parameters = _vit_parameters(
+        layers, width, intermediate, patch_inputs=inputs, positions=positions, gated=gated
+    )
     merged = width * merge * merge
     mergers = 1 + len(vision.get("deepstack_visual_indexes") or ())
     parameters += mergers * (merged * merged + merged * hidden)
