@@ -1,4 +1,4 @@
-"""`modelfleet crds --apply`: bring a cluster's CustomResourceDefinitions up to date, which Helm never does."""
+"""`modelfleet crds --apply`: bring a cluster's CRDs up to date, which Helm never does."""
 
 from __future__ import annotations
 
