@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from modelfleet_operator.planner.fields import BrokenConfigError
 
 log = logging.getLogger(__name__)
 
+_IMPORT: Final = threading.Lock()
 READ_TIMEOUT_SECONDS: Final = 60.0
 CACHE_VERSION: Final = 1
 """Of the cached files' layout; a change of what is read makes the old ones void."""
@@ -95,7 +98,7 @@ class ModelHub:
             if not directory.is_dir():
                 raise CheckpointError(
                     "SourceNotMounted",
-                    f"{source}: the claim {claim} is not mounted at {directory}, so its config.json can't be read",
+                    f"{source}: {directory} is not mounted, so the checkpoint's config.json can't be read",
                     retryable=True,
                 )
             return LocalFiles(directory / path)
@@ -167,18 +170,28 @@ def with_class_defaults(config: dict[str, Any]) -> dict[str, Any]:
     Checkpoints leave out what equals their class's default: Gemma 3's text section names neither heads nor
     vocabulary. The checkpoint's own values win.
     """
-    from transformers import AutoConfig  # noqa: PLC0415  (seconds to import: only where facts are read)
-
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return config
     try:
-        known = AutoConfig.for_model(model_type, **{k: v for k, v in config.items() if k != "model_type"})
+        known = _auto_config().for_model(model_type, **{k: v for k, v in config.items() if k != "model_type"})
         defaults = known.to_dict()
     except Exception as error:  # noqa: BLE001  (a foreign class may raise anything; the raw config may do)
         log.debug("no defaults from Transformers", extra={"modelType": model_type, "error": str(error)})
         return config
     return _under(config, defaults)
+
+
+def _auto_config() -> Any:
+    """Transformers' registry of configurations; seconds to import, so only where facts are read.
+
+    Its lazy module is not safe to import from several threads at once.
+    """
+    with _IMPORT:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is meant so
+        from transformers import AutoConfig  # noqa: PLC0415
+
+        return AutoConfig
 
 
 def _under(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""`modelfleet plan`: which variant fits which accelerator, and why not. Creates nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from modelfleet_operator.api import InvalidResourcesError, ModelDeployment, ServingPool
+from modelfleet_operator.catalog.accelerators import accelerators
+from modelfleet_operator.clients.model_hub import ModelHub
+from modelfleet_operator.local_store import load
+from modelfleet_operator.plan_report import Row, render
+from modelfleet_operator.planner import (
+    AcceleratorGroup,
+    AcceleratorPreference,
+    ModelFacts,
+    ModelUnavailable,
+    NodeCapacity,
+    PoolView,
+    VariantRequest,
+    plan_all,
+    plan_variant,
+)
+from modelfleet_operator.planner.facts import CheckpointQuantization
+from modelfleet_operator.planner.inputs import pool_view, variant_request
+from modelfleet_operator.planner.quantization import checkpoint_names
+from modelfleet_serving.contract import EngineSettings
+
+EXIT_FITS: Final = 0
+EXIT_DOES_NOT_FIT: Final = 1
+EXIT_INVALID: Final = 2
+CATALOGUE: Final = "one node of every accelerator in the catalogue"
+CATALOGUE_GPUS: Final = 8
+CATALOGUE_CPU: Final = NodeCapacity(cpus=64, memory_gib=256)
+AT_LOAD: Final = ("FP8", "INT8")
+ELSEWHERE: Final[Mapping[str, CheckpointQuantization]] = {
+    "AWQ": CheckpointQuantization("awq", "w4a16", 4, group_size=128, symmetric=False),
+    "GPTQ": CheckpointQuantization("gptq", "w4a16", 4, group_size=128),
+    "NVFP4": CheckpointQuantization("modelopt_fp4", "nvfp4", 4, group_size=16),
+}
+"""Quantizations that need a checkpoint of their own, with the settings that such checkpoints mostly have."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the command line asked for.
+
+    Attributes:
+        files: ModelDeployments, and maybe their ServingPools.
+        pool_files: ServingPools.
+        model: a source to compare on all accelerators instead.
+        output: ``table``, ``json`` or ``yaml``.
+        explain: show the arithmetic.
+    """
+
+    files: Sequence[Path]
+    pool_files: Sequence[Path] = ()
+    model: str | None = None
+    output: str = "table"
+    explain: bool = False
+
+
+async def run_plan(options: PlanOptions, hub: ModelHub | None = None) -> int:
+    """Plan and print; the exit code says whether everything fits."""
+    hub = hub or ModelHub()
+    try:
+        pools = load(options.pool_files).pools if options.pool_files else {}
+        if options.model is not None:
+            rows, against = await _compare(options.model, pools, hub)
+        else:
+            rows, against = await _plan_files(options, pools, hub)
+    except InvalidResourcesError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_INVALID
+    render(rows, options.output, explain=options.explain, against=against)
+    if options.model is not None:
+        return EXIT_FITS if any(row.result.fits for row in rows) else EXIT_DOES_NOT_FIT
+    return EXIT_FITS if all(row.result.fits for row in rows) else EXIT_DOES_NOT_FIT
+
+
+async def _plan_files(
+    options: PlanOptions, pools: Mapping[str, ServingPool], hub: ModelHub
+) -> tuple[list[Row], str]:
+    resources = load(options.files)
+    known = {**resources.pools, **pools}
+    deployments = list(resources.deployments.values())
+    if not deployments:
+        sys.stderr.write("the files hold no ModelDeployment\n")
+    facts = await _read(
+        hub, {d.source(v) for d in deployments for v in d.spec.variants if _needs_facts(d, v.name)}
+    )
+    rows: list[Row] = []
+    names = set()
+    for pool_name in dict.fromkeys(d.spec.pool for d in deployments):
+        pool = _find_pool(known, pool_name)
+        names.add(f"pool {pool.metadata.name}" if pool else CATALOGUE)
+        mine = [d for d in deployments if d.spec.pool == pool_name]
+        rows += _plan_pool(mine, pool_view(pool) if pool else catalogue_view(), facts)
+    return rows, ", ".join(sorted(names)) or CATALOGUE
+
+
+def _plan_pool(
+    deployments: Sequence[ModelDeployment], view: PoolView, facts: Mapping[str, ModelFacts | ModelUnavailable]
+) -> list[Row]:
+    pairs = [(d, v) for d in deployments for v in d.spec.variants]
+    requests = {
+        f"{d.key}/{v.name}": variant_request(d, v, facts.get(d.source(v)), replicas=v.replicas.min)
+        for d, v in pairs
+    }
+    results = plan_all(requests, view)
+    return [
+        Row(
+            d.metadata.namespace,
+            d.metadata.name,
+            d.model_name,
+            v.name,
+            v.quantization,
+            results[f"{d.key}/{v.name}"],
+        )
+        for d, v in pairs
+    ]
+
+
+def _needs_facts(deployment: ModelDeployment, variant: str) -> bool:
+    spec = next(v for v in deployment.spec.variants if v.name == variant)
+    return deployment.engine(spec).type != "Simulator"
+
+
+def _find_pool(pools: Mapping[str, ServingPool], name: str) -> ServingPool | None:
+    """The pool of that name; the only one where no other name is meant."""
+    found = [p for p in pools.values() if p.metadata.name == name]
+    if not found and name == "default" and len(pools) == 1:
+        found = list(pools.values())
+    return found[0] if found else None
+
+
+def catalogue_view(*, slices: bool = True) -> PoolView:
+    """One empty node of each accelerator, for plans without a pool; with the slices of GPUs or without."""
+    return PoolView(
+        tuple(
+            AcceleratorGroup(
+                name,
+                (
+                    CATALOGUE_CPU
+                    if kind.is_cpu
+                    else NodeCapacity((1.0,) * (1 if kind.slice else CATALOGUE_GPUS)),
+                ),
+            )
+            for name, kind in accelerators().items()
+            if slices or not kind.slice
+        )
+    )
+
+
+async def _compare(source: str, pools: Mapping[str, ServingPool], hub: ModelHub) -> tuple[list[Row], str]:
+    """Every quantization of a model on every accelerator, each as if it were alone."""
+    pool = next(iter(pools.values()), None)
+    view = pool_view(pool) if pool else catalogue_view(slices=False)
+    found = (await _read(hub, {source}))[source]
+    rows = []
+    for quantization, facts in _quantizations(found):
+        for group in view.groups:
+            request = VariantRequest(
+                facts,
+                quantization,
+                EngineSettings(type="vLLM"),
+                (AcceleratorPreference(group.accelerator),),
+                replicas=0,
+            )
+            result = plan_variant(request, view)
+            rows.append(
+                Row("", source, source, f"{quantization} on {group.accelerator}", quantization, result)
+            )
+    return rows, f"pool {pool.metadata.name}" if pool else CATALOGUE
+
+
+def _quantizations(
+    found: ModelFacts | ModelUnavailable,
+) -> list[tuple[str, ModelFacts | ModelUnavailable]]:
+    if isinstance(found, ModelUnavailable):
+        return [("None", found)]
+    if found.quantization is not None:
+        return [(min(checkpoint_names(found.quantization)), found)]
+    same: list[tuple[str, ModelFacts | ModelUnavailable]] = [(name, found) for name in ("None", *AT_LOAD)]
+    # Another checkpoint's bytes are not these: its size comes from the architecture's arithmetic.
+    others = [(name, replace(found, quantization=q, tensor_bytes={})) for name, q in ELSEWHERE.items()]
+    return [*same, *others]
+
+
+async def _read(hub: ModelHub, sources: set[str]) -> dict[str, ModelFacts | ModelUnavailable]:
+    ordered = sorted(sources)
+    answers = await asyncio.gather(*(hub.facts(source) for source in ordered))
+    return dict(zip(ordered, answers, strict=True))
