@@ -121,6 +121,7 @@ class Supervisor:
         self._load = EngineLoad()
         self._memory: EngineMemory | None = None
         self._leave: _Leave | None = None
+        self._stopping = asyncio.Event()
         self._gone = asyncio.Event()
 
     @property
@@ -153,6 +154,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Drain, end the engine, say goodbye; returns when nothing of it is left."""
+        self._stopping.set()
         self._events.put_nowait(Stop())
         await self._gone.wait()
 
@@ -275,10 +277,17 @@ class Supervisor:
                 checked = time.monotonic()
                 if trouble or self.state.liveness_failures:
                     self._events.put_nowait(Alive(not trouble, trouble))
-            leaving = self.state.phase in (Phase.LEAVING, Phase.DRAINING)
-            await asyncio.sleep(
-                DRAIN_POLL_SECONDS if leaving else min(self._sender.interval, LIVENESS_SECONDS)
-            )
+            await self._pause_reading()
+
+    async def _pause_reading(self) -> None:
+        if self._stopping.is_set():
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+            return
+        try:
+            async with asyncio.timeout(min(self._sender.interval, LIVENESS_SECONDS)):
+                await self._stopping.wait()
+        except TimeoutError:
+            return
 
     # --- the registry ----------------------------------------------------------------------------
 

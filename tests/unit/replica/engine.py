@@ -66,7 +66,7 @@ def main() -> None:
 
     if mode != "stubborn":
         signal.signal(signal.SIGTERM, finish)
-    server.serve_forever()
+    server.serve_forever(poll_interval=0.02)
 
 
 main()

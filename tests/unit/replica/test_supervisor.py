@@ -42,6 +42,7 @@ def _script_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "REGISTRY", {"Script": ScriptEngine()})
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setattr("modelfleet_serving.supervisor.supervisor.LIVENESS_SECONDS", 0.2)
+    monkeypatch.setattr("modelfleet_serving.supervisor.supervisor.KILL_GRACE_SECONDS", 0.3)
 
 
 class Bench:
@@ -199,7 +200,7 @@ async def test_an_engine_that_is_broken_is_restarted(bench: Bench) -> None:
 
 
 async def test_a_stubborn_tree_is_killed_whole(bench: Bench) -> None:
-    async with bench.replica(Limits(start=5, drain=1, leave=1, end=0.5), mode="stubborn") as supervisor:
+    async with bench.replica(Limits(start=5, drain=0.2, leave=0.2, end=0.3), mode="stubborn") as supervisor:
         await bench.until_state("replica1", EndpointState.READY)
         assert len(processes_with(str(bench.folder))) >= 4, "guard, engine and its workers"
         await asyncio.wait_for(supervisor.stop(), 8)
