@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Read from an engine's source what it says of quantization methods and architectures, without importing it.
 
-    scripts/extract_engine_facts.py vLLM 0.33.0 SITE_PACKAGES > operator/modelfleet_operator/catalog/engines/...
+    scripts/extract_engine_facts.py vLLM 0.33.0 SITE_PACKAGES > .../catalog/snapshots/vllm-0.33.0.json
 
 The output is the snapshot that the catalogue keeps for each engine version; a test compares the catalogue's
 legality table with it, and another one compares it with an installed engine.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 QUANTIZATION = {"vLLM": "vllm/model_executor/layers/quantization", "SGLang": "sglang/srt/layers/quantization"}
-LORA, PIPELINE, MULTIMODAL = "SupportsLoRA", "SupportsPP", "SupportsMultiModal"
+ABILITIES = {"lora": "SupportsLoRA", "pipeline": "SupportsPP", "multimodal": "SupportsMultiModal"}
 
 
 def classes(root: Path) -> dict[str, ast.ClassDef]:
@@ -79,11 +79,18 @@ def minimum(name: str, known: dict[str, ast.ClassDef]) -> int | None:
 
 
 def dtypes(name: str, known: dict[str, ast.ClassDef]) -> list[str]:
+    """Activation dtypes that ``get_supported_act_dtypes`` returns."""
     node = method(name, "get_supported_act_dtypes", known)
+    returned = [r.value for r in ast.walk(node) if isinstance(r, ast.Return) and r.value] if node else []
     names = {"half": "float16"}
     return sorted(
-        {names.get(a.attr, a.attr) for a in ast.walk(node) if isinstance(a, ast.Attribute) and isinstance(a.value, ast.Name) and a.value.id == "torch"} if node else set()  # noqa: E501
-    ) if node else []  # fmt: skip
+        {
+            names.get(a.attr, a.attr)
+            for value in returned
+            for a in ast.walk(value)
+            if isinstance(a, ast.Attribute) and isinstance(a.value, ast.Name) and a.value.id == "torch"
+        }
+    )
 
 
 def methods(init: Path) -> dict[str, str]:
@@ -115,10 +122,7 @@ def vllm_architectures(site: Path) -> dict[str, list[str]]:
                 target = value.elts[1]
                 if isinstance(target, ast.Constant) and isinstance(target.value, str):
                     line = set(inherited(target.value, known))
-                    found[str(key.value)] = [
-                        word for word, base in (("lora", LORA), ("pipeline", PIPELINE), ("multimodal", MULTIMODAL))
-                        if base in line
-                    ]  # fmt: skip
+                    found[str(key.value)] = [word for word, base in ABILITIES.items() if base in line]
     return found
 
 
@@ -145,10 +149,8 @@ def main() -> None:
         if config in known
     }
     architectures = vllm_architectures(site) if engine == "vLLM" else sglang_architectures(site)
-    json.dump(
-        {"engine": engine, "version": version, "methods": table, "architectures": dict(sorted(architectures.items()))},
-        sys.stdout, indent=1,
-    )  # fmt: skip
+    facts = {"engine": engine, "version": version, "methods": table}
+    json.dump(facts | {"architectures": dict(sorted(architectures.items()))}, sys.stdout, indent=1)
     sys.stdout.write("\n")
 
 
