@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -40,7 +41,10 @@ class Cores:
 
 def free_ports(count: int) -> list[int]:
     """``count`` consecutive ports that nobody listens on."""
-    for start in range(20000 + os.getpid() % 8000, 32000, count):
+    for _ in range(1000):
+        start = random.randrange(
+            20000, 32000 - count
+        )  # below the ephemeral ports; runs side by side don't meet
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(start, start + count):
                 probe = stack.enter_context(socket.socket())
