@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from modelfleet_serving.contract import DemandReport, ModelDemand
@@ -37,13 +38,16 @@ class Demand:
     _samples: deque[tuple[float, ModelDemand]] = field(default_factory=deque)
     _sums: dict[Key, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
 
-    def report(self, report: DemandReport, now: float) -> None:
-        """Take in a router's report."""
-        self._gauges[report.router] = [m for m in report.models if m.in_flight or m.queued]
-        for sample in report.models:
-            if sample.requests or sample.failures:
-                self._samples.append((now, sample))
-                self._sums[sample.model, sample.variant].add(sample, 1)
+    def report(self, report: DemandReport, now: float) -> bool:
+        """Take in a router's report; whether it tells anything new."""
+        gauges = [m for m in report.models if m.in_flight or m.queued]
+        samples = [m for m in report.models if m.requests or m.failures]
+        changed = bool(samples) or _levels(gauges) != _levels(self._gauges.get(report.router, ()))
+        self._gauges[report.router] = gauges
+        for sample in samples:
+            self._samples.append((now, sample))
+            self._sums[sample.model, sample.variant].add(sample, 1)
+        return changed
 
     def forget(self, router: str) -> None:
         """Its gauges count no longer; what it has reported stays in the minute."""
@@ -86,3 +90,7 @@ class Demand:
             self._sums[key].add(sample, -1)
             if not self._sums[key].requests and not self._sums[key].failures:
                 del self._sums[key]
+
+
+def _levels(gauges: Iterable[ModelDemand]) -> dict[Key, tuple[int, int]]:
+    return {(m.model, m.variant): (m.in_flight, m.queued) for m in gauges}

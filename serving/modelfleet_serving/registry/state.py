@@ -152,8 +152,8 @@ class Registry:
             # A report may be older than the poll that came before it.
             router.version = max(router.version, min(report.version, self.table.version))
         before = self._demand.waiting()
-        self._demand.report(report, now)
-        self._demand_dirty = self._demand_dirty or bool(report.models)
+        if self._demand.report(report, now):
+            self._demand_dirty = True
         if self._demand.waiting() != before:
             # The first request for a model that is scaled to zero must not wait for a period to end.
             self._tell_demand(now)

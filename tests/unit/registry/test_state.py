@@ -305,3 +305,13 @@ class TestDemand:
         registry.demand(DemandReport(router="r", models=[ModelDemand(model="m", queued=3)]), now + 5)
         registry.tick(now + 6)
         assert registry.state_version > first, "but it is told now and then"
+
+    def test_an_idle_router_wakes_nobody(self) -> None:
+        registry, now = settled()
+        idle = DemandReport(router="r", models=[ModelDemand(model="m", variant="a")])
+        registry.demand(idle, now)
+        before = registry.state_version
+        for step in range(20):
+            registry.demand(idle, now + step)
+            registry.tick(now + step)
+        assert registry.state_version == before
