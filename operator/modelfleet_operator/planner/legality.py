@@ -16,6 +16,7 @@ from modelfleet_operator.planner.quantization import Declared, resolve
 from modelfleet_operator.planner.types import Rejection, Rule, VariantRequest
 from modelfleet_operator.planner.weights import WeightScheme
 
+LONGER_CONTEXT_VARIABLES = ("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN")
 NOTE_FP8_KV = "FP8 keys and values are read by FlashInfer alone here: it must be in the engine's image"
 
 
@@ -68,7 +69,7 @@ def judge(request: VariantRequest, facts: ModelFacts, accelerator: Accelerator) 
     if rules is None or source is None:
         return Rejection(accelerator.name, Rule.ENGINE_NOT_SUPPORTED, f"{engine} is no known engine")
     case = _Case(request, facts, accelerator, rules, source, version)
-    refusal = _engine_on(case) or _architecture(case) or _attention(case)
+    refusal = _engine_on(case) or _context(case) or _architecture(case) or _attention(case)
     if refusal is not None:
         return refusal
     declared = resolve(request, facts, rules, version)
@@ -110,6 +111,23 @@ def _engine_on(case: _Case) -> Rejection | None:
             rules.floor_source,
         )
     return None
+
+
+def _context(case: _Case) -> Rejection | None:
+    """Engines refuse a context beyond the model's own, unless they are told to stretch it."""
+    asked, limit = case.request.engine.max_model_len, case.facts.max_context
+    engine = case.request.engine
+    stretched = any(
+        name in engine.args for name in ("hf-overrides", "hf_overrides", "json-model-override-args")
+    )
+    allowed = any(engine.env.get(name) in {"1", "true", "True"} for name in LONGER_CONTEXT_VARIABLES)
+    if asked is None or asked <= limit or stretched or allowed:
+        return None
+    return case.refuse(
+        Rule.CONTEXT_TOO_LONG,
+        f"maxModelLen {asked:,} is beyond the {limit:,} tokens that the model was made for",
+        "config.json; vllm/config/model.py _get_and_verify_max_len",
+    )
 
 
 def _architecture(case: _Case) -> Rejection | None:

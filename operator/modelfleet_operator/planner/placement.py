@@ -9,8 +9,8 @@ from typing import Final
 
 from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.planner.capacity import GroupCapacity
-from modelfleet_operator.planner.facts import AttentionKind, ModelFacts
-from modelfleet_operator.planner.sizing import pack_variant, size_variant
+from modelfleet_operator.planner.facts import AttentionKind, ModelFacts, ModelUnavailable
+from modelfleet_operator.planner.sizing import SIMULATOR, pack_variant, size_variant
 from modelfleet_operator.planner.types import (
     AcceleratorGroup,
     AcceleratorPreference,
@@ -64,6 +64,11 @@ class _Placement:
         self.asked: set[tuple[str, int | None]] = set()
 
     def run(self) -> PlanResult:
+        model = self.request.model
+        if self.request.engine.type != SIMULATOR and isinstance(model, ModelUnavailable) and not model.unseen:
+            text = f"{model.reason}: {model.message}"
+            refused = Rejection("", Rule.MODEL_UNAVAILABLE, text, retryable=model.retryable)
+            return PlanResult(None, (refused,), (), str(refused.rule), text)
         seen: list[Sized] = []
         for preference, sized in self._in_order():
             seen.append(sized)
