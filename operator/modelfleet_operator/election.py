@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.client.models import V1Lease, V1ObjectMeta
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
@@ -61,7 +62,17 @@ class _Lock(LeaseLock):
         return False, ApiException(status=0, reason=why)
 
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
-        return await self._try(super().create(name, namespace, election_record))
+        return await self._try(self._create(name, namespace, election_record))
+
+    async def _create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
+        # As the library's own, which passes pretty=True: its generated client takes strings only (37.0).
+        lease = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        try:
+            await self.api_instance.create_namespaced_lease(namespace, lease)
+        except ApiException as error:
+            log.info("lease not created: %s %s", error.status, error.reason)
+            return False
+        return True
 
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
         return await self._try(super().update(name, namespace, updated_record))
@@ -120,7 +131,8 @@ async def lead(
             done.set_exception(LeadershipLostError(f"{lock.holder} leads now"))
 
     retry = max(1.0, settings.lease_seconds / 7.5)
-    config = Config(lock, settings.lease_seconds, settings.lease_seconds * 2 / 3, retry, leading, stopped)
+    seconds = round(settings.lease_seconds)  # a Lease has whole ones
+    config = Config(lock, seconds, seconds * 2 / 3, retry, leading, stopped)
     election = asyncio.create_task(_Election(config, lock).run(), name="election")
     try:
         await asyncio.wait({election, done}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +142,7 @@ async def lead(
     finally:
         election.cancel()
         await asyncio.gather(election, return_exceptions=True)
-        if LEADER._value.get():  # noqa: SLF001  the gauge is the one place that knows
+        if LEADER._value.get():
             LEADER.set(0)
             await _give_back(KubeClient(api, timeout=2.0), settings)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.chart.rendered import SYSTEM
-from tests.controlplane.bed import Cluster, ControlPlane, kuberay
+from tests.controlplane.bed import Cluster, ControlPlane, kuberay, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +27,14 @@ def kuberay_operator(control_plane: ControlPlane) -> ControlPlane:
     return control_plane
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def system(control_plane: ControlPlane) -> str:
     """The namespace of the installation; its pods are held to the strictest of the Pod Security Standards."""
+
+    def leaving() -> bool:
+        return "deletionTimestamp" in (control_plane.find("namespace", SYSTEM) or {}).get("metadata", {})
+
+    wait_until(lambda: not leaving(), timeout=60, what=f"the last test's {SYSTEM} gone")
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     control_plane.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": labels}}

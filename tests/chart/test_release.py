@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import yaml
@@ -62,8 +62,15 @@ def columns(cluster: ControlPlane) -> set[str]:
     return {c["name"] for c in crd["spec"]["versions"][0]["additionalPrinterColumns"]}
 
 
+def run(command: list[str], kubeconfig: Path) -> str:
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 class Kubelet:
-    """Runs the CRD job's command as its pod would, with its ServiceAccount, while kwok's kubelet holds still."""
+    """Runs the CRD job's command as its pod would, with its ServiceAccount, while kwok holds still."""
 
     def __init__(self, cluster: ControlPlane, namespace: str) -> None:
         self.cluster = cluster
@@ -73,7 +80,7 @@ class Kubelet:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kubelet")
 
-    def __enter__(self) -> Kubelet:
+    def __enter__(self) -> Self:
         self.cluster.components["kwok"].pause()
         self._thread.start()
         return self
@@ -189,11 +196,8 @@ def test_missing_crds_are_made_by_the_same_command(empty: ControlPlane, system: 
     ]
     empty.apply(*objects)
     kubeconfig = empty.service_account_kubeconfig(system, "modelfleet-crds")
-    environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
-    command = [sys.executable, "-m", "modelfleet_operator.cli", "crds", "--apply"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "servingpools.modelfleet.io applied" in done.stdout
+    said = run([sys.executable, "-m", "modelfleet_operator.cli", "crds", "--apply"], kubeconfig)
+    assert "servingpools.modelfleet.io applied" in said
     empty.apply(DEPLOYMENT)
     empty.kubectl("delete", "-f", "-", input=yaml.safe_dump_all(objects))
 

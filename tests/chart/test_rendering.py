@@ -45,7 +45,7 @@ def objects(values: list[str]) -> list[Object]:
 
 
 @pytest.fixture(scope="module")
-def crds(control_plane: ControlPlane, system: str) -> Iterator[ControlPlane]:
+def crds(control_plane: ControlPlane) -> Iterator[ControlPlane]:
     control_plane.kubectl("apply", "--server-side", "-f", str(CHART / "crds"))
     control_plane.wait_for_crd("modeldeployments.modelfleet.io", "servingpools.modelfleet.io")
     yield control_plane
@@ -58,7 +58,7 @@ def test_lint_is_clean(control_plane: ControlPlane, values: list[str]) -> None:
 
 
 @pytest.mark.controlplane
-def test_the_api_server_takes_it(crds: ControlPlane, objects: list[Object]) -> None:
+def test_the_api_server_takes_it(crds: ControlPlane, system: str, objects: list[Object]) -> None:
     known = [yaml.safe_dump(o) for o in objects if o["kind"] not in FOREIGN]
     arguments = ["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-"]
     crds.kubectl(*arguments, input="\n---\n".join(known))
