@@ -49,6 +49,8 @@ class Replica:
         """
         if self._running.done() and not self._stopping:
             raise RuntimeError(f"the supervisor ended: {self._running.exception()!r}")
+        if self._supervisor.fault:
+            raise RuntimeError(self._supervisor.fault)
         if self._supervisor.hopeless:
             state = self._supervisor.state
             raise RuntimeError(f"the engine failed {state.failures} times in a row: {state.reason}")

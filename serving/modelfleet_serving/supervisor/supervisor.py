@@ -111,6 +111,8 @@ class Supervisor:
             end=self.adapter.drain.grace_seconds,
         )
         self.state = State()
+        self.fault = ""
+        """Why this supervisor itself is of no use any more."""
         self._events: asyncio.Queue[Event] = asyncio.Queue(maxsize=1024)
         self._sender = HeartbeatSender(self.args.registry, self._compose, self._on_reply)
         self._secrets = secrets_of(self.environ, self.args.engine.env)
@@ -136,6 +138,7 @@ class Supervisor:
             self.state, actions = begin(time.monotonic())
             self._perform(actions)
             sending = asyncio.create_task(self._sender.run(), name="heartbeats")
+            sending.add_done_callback(self._heartbeats_ended)
             while self.state.phase is not Phase.GONE:
                 event = await self._next_event()
                 self._advance(event)
@@ -144,6 +147,11 @@ class Supervisor:
         finally:
             await self._cancel(sending, self._life)
             self._gone.set()
+
+    def _heartbeats_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s: heartbeats ended", self.replica, exc_info=error)
+            self.fault = f"heartbeats ended: {error!r}"
 
     @staticmethod
     async def _cancel(*tasks: asyncio.Task[None] | None) -> None:

@@ -226,6 +226,19 @@ async def test_weights_that_are_not_there(bench: Bench, tmp_path: Path) -> None:
     await task
 
 
+async def test_heartbeats_that_fail_by_a_bug_are_no_secret(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench.replica() as supervisor:
+        await bench.until_state("replica1", EndpointState.READY)
+
+        def broken(sequence: int) -> Heartbeat:
+            raise KeyError(sequence)
+
+        monkeypatch.setattr(supervisor._sender, "_compose", broken)
+        await until(lambda: "KeyError" in supervisor.fault, "Serve's health check can tell")
+
+
 async def test_the_engine_dies_with_its_owner(tmp_path: Path) -> None:
     """The owner is killed by SIGKILL: it can do nothing about it any more."""
     code = f"""
