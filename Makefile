@@ -6,6 +6,7 @@ BENCHES := router operator lifecycle fleet
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
+.PHONY: test-chart generate-install
 .PHONY: bench bench-venv bench-router soak-router
 
 help: ## This list.
@@ -17,7 +18,7 @@ venv: ## The development environment in .venv.
 demo: venv ## Serve a real small model in two quantization variants on this machine and ask both.
 	@$(PY) scripts/demo.py
 
-test: venv lint test-unit test-ray test-controlplane test-e2e ## Everything, as CI runs it.
+test: venv lint test-unit test-ray test-controlplane test-chart test-e2e ## Everything, as CI runs it.
 
 test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (under a minute).
 	$(PYTEST) tests/unit
@@ -36,8 +37,11 @@ format: venv ## Format and apply safe fixes.
 lock: venv ## Resolve requirements/*.txt anew from pyproject.toml.
 	@scripts/lock.sh
 
-generate: venv ## Write the generated files: CRDs.
+generate: venv ## Write the generated files: CRDs, the chart's schema, table and rules.
 	@$(PY) scripts/generate.py
+
+generate-install: generate ## Render manifests/install from the chart.
+	@$(PY) -m tests.chart.rendered
 
 bench-venv:
 	@scripts/bootstrap.sh bench
@@ -53,6 +57,12 @@ soak-router: bench-venv ## The router under load and faults: every request accou
 
 test-ray: venv ## Replicas and registry on a real local Ray.
 	$(PYTEST) tests/ray
+
+test-controlplane: venv ## The operator against a real control plane (built on the first run: minutes).
+	$(PYTEST) tests/controlplane
+
+test-chart: venv ## The chart with the real Helm, the manifests and the images' files, on the same control plane.
+	$(PYTEST) tests/chart
 
 test-e2e: venv ## The whole path: simulated engines, then real vLLM.
 	$(PYTEST) tests/e2e

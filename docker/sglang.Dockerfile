@@ -15,9 +15,12 @@ RUN /opt/modelfleet/bin/pip install --requirement requirements/serving.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY operator/ operator/
 COPY serving/ serving/
+# The base may have a user 1000 of its own; the home must be ours either way.
 RUN /opt/modelfleet/bin/pip install --no-deps . \
-    && useradd --uid 1000 --create-home modelfleet 2>/dev/null || true
-ENV MODELFLEET_SGLANG_PYTHON=/usr/bin/python3 PATH=/opt/modelfleet/bin:$PATH RAY_USAGE_STATS_ENABLED=0
+    && (getent passwd 1000 || useradd --uid 1000 --no-create-home modelfleet) \
+    && install --directory --owner=1000 --group=1000 /home/modelfleet
+ENV MODELFLEET_SGLANG_PYTHON=/usr/bin/python3 PATH=/opt/modelfleet/bin:$PATH HOME=/home/modelfleet \
+    RAY_USAGE_STATS_ENABLED=0
 USER 1000
 WORKDIR /home/modelfleet
 ENTRYPOINT ["tini", "--"]

@@ -10,17 +10,20 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/modelfleet
 # Adapters of vision models need it and vLLM does not bring it.
-RUN python3 -m pip install --no-deps timm
+RUN python3 -m pip install --no-deps timm==1.0.31
 WORKDIR /src
 COPY requirements/serving.txt requirements/serving.txt
 RUN /opt/modelfleet/bin/pip install --requirement requirements/serving.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY operator/ operator/
 COPY serving/ serving/
+# The base may have a user 1000 of its own; the home must be ours either way.
 RUN /opt/modelfleet/bin/pip install --no-deps . \
-    && useradd --uid 1000 --create-home modelfleet 2>/dev/null || true
+    && (getent passwd 1000 || useradd --uid 1000 --no-create-home modelfleet) \
+    && install --directory --owner=1000 --group=1000 /home/modelfleet
 # The engine runs with the image's Python, Ray with ours: they need different versions of the same packages.
-ENV MODELFLEET_VLLM_PYTHON=/usr/bin/python3 PATH=/opt/modelfleet/bin:$PATH RAY_USAGE_STATS_ENABLED=0
+ENV MODELFLEET_VLLM_PYTHON=/usr/bin/python3 PATH=/opt/modelfleet/bin:$PATH HOME=/home/modelfleet \
+    RAY_USAGE_STATS_ENABLED=0
 USER 1000
 WORKDIR /home/modelfleet
 ENTRYPOINT ["tini", "--"]

@@ -110,7 +110,7 @@ def test_rights_are_exactly_those_needed(
             what="the token that the routers mount",
         )
         wait_until(
-            lambda: cluster.list("pods", system, "ray.io/node-type=head,modelfleet.io/pool=default"),
+            lambda: bool(cluster.list("pods", system, "ray.io/node-type=head,modelfleet.io/pool=default")),
             timeout=40,
             what="the Ray head of the chart's pool",
         )
