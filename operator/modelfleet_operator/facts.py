@@ -67,7 +67,7 @@ class FactsCache:
         pause = FIRST_RETRY_SECONDS
         while True:
             async with self._slots:
-                found = await self.source.facts(source)
+                found = await self._ask(source)
             if found != self._known.get(source):
                 self._known[source] = found
                 for listener in list(self._listeners):
@@ -78,3 +78,10 @@ class FactsCache:
             # Also what can't pass by itself is looked at again: the checkpoint may have been repaired.
             await asyncio.sleep(pause if found.retryable else LAST_RETRY_SECONDS)
             pause = min(pause * 2, LAST_RETRY_SECONDS)
+
+    async def _ask(self, source: str) -> Known:
+        try:
+            return await self.source.facts(source)
+        except Exception as error:  # a fault of one reader must not leave its deployment unplanned for ever
+            log.exception("facts of %s can't be read", source)
+            return ModelUnavailable("ReadFailed", f"{source}: {error}", retryable=True)
