@@ -1,4 +1,4 @@
-"""What checkpoints say of themselves, read in the background and remembered: a slow hub delays nobody else."""
+"""What checkpoints say of themselves, read in the background and kept: a slow hub delays nobody else."""
 
 from __future__ import annotations
 
