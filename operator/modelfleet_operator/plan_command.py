@@ -172,10 +172,20 @@ async def _compare(source: str, pools: Mapping[str, ServingPool], hub: ModelHub)
                 replicas=0,
             )
             result = plan_variant(request, view)
-            rows.append(
-                Row("", source, source, f"{quantization} on {group.accelerator}", quantization, result)
-            )
-    return rows, f"pool {pool.metadata.name}" if pool else CATALOGUE
+            rows.append(Row("", source, source, quantization, quantization, result))
+    return _ranked(rows), f"pool {pool.metadata.name}" if pool else CATALOGUE
+
+
+def _ranked(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the rank of their cost among all of them."""
+    costs = sorted({row.result.plan.cost for row in rows if row.result.plan})
+    ranked = []
+    for row in rows:
+        plan = row.result.plan
+        if plan is not None:
+            plan = replace(plan, cost_rank=costs.index(plan.cost) + 1)
+        ranked.append(replace(row, result=replace(row.result, plan=plan)))
+    return ranked
 
 
 def _quantizations(

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from modelfleet_operator.planner import Measurement, PlanResult, Rejection, VariantPlan
 
-
 WIDE: Final = 132
 """Columns of a terminal from which on the reasons stand in the table; below they follow it."""
 
@@ -161,14 +160,19 @@ def gib(value: float) -> str:
 def _table(rows: Sequence[Row], against: str, *, wide: bool) -> Table:
     several = len({row.deployment for row in rows}) > 1
     table = Table(
-        title=f"Plan on {against}", title_justify="left", title_style="bold", header_style="bold", box=None,
-        pad_edge=False, padding=(0, 2, 0, 0),
-    )  # fmt: skip
+        title=f"Plan on {against}; sizes in GiB on each accelerator",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2 if wide else 1, 0, 0),
+    )
     for name in ("MODEL", "VARIANT") if several else ("VARIANT",):
         table.add_column(name, no_wrap=True)
     table.add_column("ACCELERATOR", no_wrap=True)
     table.add_column("VERDICT", no_wrap=True)
-    for name in ("WEIGHTS", "KV CACHE", "TOKENS", "CONTEXT", "SEQS", "COST"):
+    for name in ("WEIGHTS", "KV", "TOKENS", "CONTEXT", "SEQS", "COST"):
         table.add_column(name, justify="right", no_wrap=True)
     if wide:
         table.add_column("WHY", overflow="fold")
@@ -182,18 +186,30 @@ def _table(rows: Sequence[Row], against: str, *, wide: bool) -> Table:
 def _cells(row: Row) -> list[RenderableType]:
     plan = row.result.plan
     if plan is None:
-        return ["-", Text("no", "bold red"), "", "", "", "", "", "", Text(_why_not(row.result), "red")]
+        named = {r.accelerator for r in row.result.rejections}
+        where = named.pop() if len(named) == 1 else ""
+        return [
+            where or "-",
+            Text("no", "bold red"),
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+            Text(_why_not(row.result), "red"),
+        ]
     verdict = Text("fits", "green") if plan.placed_now or not row.result.message else Text("waits", "yellow")
     sequences = f"{plan.max_sequences:,.1f}" if plan.max_sequences < 100 else f"{plan.max_sequences:,.0f}"
     return [
         placement(plan),
         verdict,
-        f"{plan.weights_gib:.1f} GiB",
-        f"{plan.kv_cache_gib:.1f} GiB",
+        f"{plan.weights_gib:.1f}",
+        f"{plan.kv_cache_gib:.1f}",
         f"{plan.kv_cache_tokens:,}",
         f"{plan.max_model_len:,}" if plan.max_model_len else "-",
         sequences,
-        f"{plan.cost:g} (#{plan.cost_rank})",
+        f"{plan.cost:g} #{plan.cost_rank}",
         _why(row.result, plan),
     ]
 
@@ -229,7 +245,8 @@ def _details(rows: Sequence[Row], *, explain: bool, reasons: bool) -> list[Rende
     for row in rows:
         lines = _row_details(row, explain=explain, reasons=reasons)
         if lines:
-            title = Text(f"\n{row.model}:{row.variant}", "bold")
+            where = f" on {placement(row.result.plan)}" if row.result.plan else ""
+            title = Text(f"\n{row.model}:{row.variant}{where}", "bold")
             parts.append(Group(title, Padding(Text("\n").join(lines), (0, 0, 0, 2))))
     return parts
 
@@ -237,7 +254,7 @@ def _details(rows: Sequence[Row], *, explain: bool, reasons: bool) -> list[Rende
 def _row_details(row: Row, *, explain: bool, reasons: bool) -> list[Text]:
     plan, result = row.result.plan, row.result
     lines: list[Text] = []
-    if plan is not None and reasons:
+    if plan is not None and reasons and (result.message or result.rejections or explain):
         lines.append(Text(_why(result, plan)))
     if plan is not None and explain:
         lines.append(Text(f"{placement(plan)}:", "green"))

@@ -22,6 +22,26 @@ class BatchDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class Reserve:
+    """Memory that an engine leaves beside its share, in MiB."""
+
+    base: float
+    per_token: float
+    per_sequence: float
+    per_rank: float
+    large_gib: float
+    large: float
+
+    def share(self, memory_gib: float, batch: BatchDefaults, ranks: int) -> float:
+        """Share of the GPU that weights and KV cache may take, 0..1."""
+        reserved = self.base + max(batch.tokens, 2048) * self.per_token
+        reserved += batch.sequences * self.per_sequence + ranks * self.per_rank
+        if memory_gib > self.large_gib:
+            reserved = max(reserved, self.large)
+        return max(1 - reserved / (memory_gib * 1024), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineDefaults:
     """Defaults of one engine from one version on; sizes in tokens.
 
@@ -38,6 +58,9 @@ class EngineDefaults:
         encoder_profiled: runners that run the vision encoder when they profile.
         static_share: the share holds weights and KV cache only.
         max_cuda_graph_batch: largest batch that a graph is captured for.
+        batch: tokens and sequences of a step, by memory of the GPU.
+        cpu_batch: the same on a CPU.
+        reserve: how the share is worked out where the user names none.
     """
 
     engine: str
@@ -54,6 +77,7 @@ class EngineDefaults:
     max_cuda_graph_batch: int
     batch: tuple[tuple[float, BatchDefaults, frozenset[str]], ...]
     cpu_batch: BatchDefaults
+    reserve: Reserve | None = None
 
     def batch_for(self, accelerator: Accelerator) -> BatchDefaults:
         """Tokens and sequences of a step on this accelerator."""
@@ -120,4 +144,16 @@ def engine_defaults(engine: str, version: str | None = None) -> EngineDefaults |
             for b in found["batch"]
         ),
         cpu_batch=BatchDefaults(found["cpuBatch"]["tokens"], found["cpuBatch"]["sequences"]),
+        reserve=_reserve(found["reserve"]) if "reserve" in found else None,
+    )
+
+
+def _reserve(entry: Mapping[str, Any]) -> Reserve:
+    return Reserve(
+        base=float(entry["baseMiB"]),
+        per_token=float(entry["perTokenMiB"]),
+        per_sequence=float(entry["perSequenceMiB"]),
+        per_rank=float(entry["perRankMiB"]),
+        large_gib=float(entry["largeGiB"]),
+        large=float(entry["largeMiB"]),
     )

@@ -101,7 +101,7 @@ def footprint(
     memory = memory_gib * GIB
     if settings.kv_cache_memory_bytes is not None:
         return Footprint(memory, 1.0, weights, overhead, float(settings.kv_cache_memory_bytes), layout, batch)
-    share = (settings.gpu_memory_percent or defaults.memory_percent) / 100
+    share = _share(settings, defaults, accelerator, memory_gib)
     counted = overhead.total
     if defaults.static_share:
         # What does not fit beside the share is taken from it.
@@ -109,6 +109,16 @@ def footprint(
     return Footprint(
         memory, share, weights, overhead, memory * share - weights - counted, layout, batch, counted
     )
+
+
+def _share(
+    settings: EngineSettings, defaults: EngineDefaults, accelerator: Accelerator, memory_gib: float
+) -> float:
+    """Share of the GPU that the engine takes, 0..1."""
+    if settings.gpu_memory_percent is None and defaults.reserve is not None:
+        ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
+        return defaults.reserve.share(memory_gib, defaults.batch_for(accelerator), ranks)
+    return (settings.gpu_memory_percent or defaults.memory_percent) / 100
 
 
 def is_eager(settings: EngineSettings) -> bool:

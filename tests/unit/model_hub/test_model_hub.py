@@ -12,11 +12,11 @@ from typing import Any
 
 import fsspec
 import pytest
+from tests.unit.planner.measured import config
 
 from modelfleet_operator.clients.checkpoint_files import CheckpointError, HubFiles, hub_problem
 from modelfleet_operator.clients.model_hub import ModelHub, with_class_defaults
 from modelfleet_operator.planner import ModelFacts, ModelUnavailable
-from tests.unit.planner.measured import config
 
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -194,12 +194,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
         url + "/{repo_id}/resolve/{revision}/{filename}",
-    )  # noqa: E501
+    )
     monkeypatch.setattr(
         "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
         url + "/{repo_id}/resolve/{revision}/{filename}",
         raising=False,
-    )  # noqa: E501
+    )
     yield server
     server.shutdown()
     server.server_close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tests.unit.planner.measured import config
 
 from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.planner import Rejection, VariantRequest
@@ -12,7 +13,6 @@ from modelfleet_operator.planner.facts import CheckpointQuantization, ModelFacts
 from modelfleet_operator.planner.legality import Verdict, judge
 from modelfleet_operator.planner.types import Rule
 from modelfleet_serving.contract import EngineSettings
-from tests.unit.planner.measured import config
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 
@@ -63,9 +63,15 @@ def test_float32_checkpoints_run_in_16_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "compute"), [("T4", "W8A16 (Marlin)"), ("A10", "W8A16 (Marlin)"), ("A100-80G", "W8A16 (Marlin)"),
-                           ("L4", "W8A8 FP8"), ("H100", "W8A8 FP8")]
-)  # fmt: skip
+    ("where", "compute"),
+    [
+        ("T4", "W8A16 (Marlin)"),
+        ("A10", "W8A16 (Marlin)"),
+        ("A100-80G", "W8A16 (Marlin)"),
+        ("L4", "W8A8 FP8"),
+        ("H100", "W8A8 FP8"),
+    ],
+)
 def test_fp8_weights_run_as_w8a16_below_8_9(where: str, compute: str) -> None:
     verdict = runs(ask(LLAMA, where, "FP8"))
     assert verdict.scheme.compute == compute

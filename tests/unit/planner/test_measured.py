@@ -24,7 +24,7 @@ def test_kv_cache_within_5_percent(row: dict[str, Any]) -> None:
 
 
 def test_tokens_follow_exactly_from_the_measured_memory() -> None:
-    """The layout itself has no error: given the engine's own figure of GiB, tokens agree to a block or two."""
+    """The layout itself has no error: from the engine's own GiB, tokens agree to a block or two."""
     for row in ROWS:
         plan = planned(row)
         measured = row["measured"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.planner.measured import Config, all_configs, config
 
 from modelfleet_operator.planner.config import facts_from_config
 from modelfleet_operator.planner.facts import AttentionKind
 from modelfleet_operator.planner.fields import BrokenConfigError
 from modelfleet_operator.planner.kv_cache import kv_layout
 from modelfleet_operator.planner.vision import vl2_image_tokens
-from tests.unit.planner.measured import Config, all_configs, config
 
 CONFIGS = all_configs()
 VL2 = "deepseek-ai/deepseek-vl2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tests.unit.planner.measured import config, pool
 
 from modelfleet_operator.planner import (
     AcceleratorGroup,
@@ -19,7 +20,6 @@ from modelfleet_operator.planner import (
 )
 from modelfleet_operator.planner.types import Rule
 from modelfleet_serving.contract import EngineSettings, Task
-from tests.unit.planner.measured import config, pool
 
 LLAMA = config("meta-llama/Llama-3.1-8B-Instruct").facts
 SMALL = config("Qwen/Qwen2.5-0.5B-Instruct").facts
@@ -61,18 +61,22 @@ def test_without_preferences_the_cheapest_that_fits() -> None:
 def test_what_runs_keeps_its_accelerator() -> None:
     requests = {"new": on("A10", "H100"), "old": on("A10", "H100", current="A10")}
     results = plan_all(requests, pool("A10", "H100"))
-    assert results["old"].plan and results["old"].plan.accelerator == "A10"
-    assert results["new"].plan and results["new"].plan.accelerator == "H100"
+    assert results["old"].plan
+    assert results["old"].plan.accelerator == "A10"
+    assert results["new"].plan
+    assert results["new"].plan.accelerator == "H100"
 
 
 def test_what_is_pending_too_long_falls_to_the_next() -> None:
     groups = (group("A100-80G", more=1, pending_too_long=True), group("A10", nodes=1))
     result = plan_variant(on("A100-80G", "A10"), PoolView(groups))
-    assert result.plan and result.plan.accelerator == "A10"
+    assert result.plan
+    assert result.plan.accelerator == "A10"
     assert result.rejections[0].rule is Rule.PENDING_TOO_LONG
     waiting = PoolView((replace(groups[0], pending_too_long=False), groups[1]))
     result = plan_variant(on("A100-80G", "A10"), waiting)
-    assert result.plan and result.plan.accelerator == "A100-80G"
+    assert result.plan
+    assert result.plan.accelerator == "A100-80G"
     assert result.plan.placed_now == 0
     assert "wait for new nodes" in result.message
 
@@ -81,7 +85,8 @@ def test_replicas_are_all_placed_or_none() -> None:
     result = plan_variant(
         on("A10", "L40S", replicas=3), PoolView((group("A10", nodes=2), group("L40S", nodes=3)))
     )
-    assert result.plan and result.plan.accelerator == "L40S"
+    assert result.plan
+    assert result.plan.accelerator == "L40S"
     assert result.plan.placed_now == 3
 
 
@@ -93,13 +98,14 @@ def test_no_replica_is_a_question_and_holds_nothing() -> None:
 
 def test_spot_is_cheaper() -> None:
     result = plan_variant(on(), PoolView((group("A10", nodes=1), group("L40S", nodes=1, spot=True))))
-    assert result.plan and (result.plan.accelerator, result.plan.spot) == ("L40S", True)
+    assert result.plan
+    assert (result.plan.accelerator, result.plan.spot) == ("L40S", True)
 
 
 def test_small_models_share_a_gpu_when_no_whole_one_is_free() -> None:
     request = VariantRequest(SMALL, engine=EngineSettings(type="vLLM", max_model_len=4096))
-    results = plan_all({"a": replace(request, engine=EngineSettings(type="vLLM", max_model_len=4096, gpu_memory_percent=40)),
-                        "b": request}, pool("A10"))  # fmt: skip
+    shared = EngineSettings(type="vLLM", max_model_len=4096, gpu_memory_percent=40)
+    results = plan_all({"a": replace(request, engine=shared), "b": request}, pool("A10"))
     shares = [r.plan.accelerators_per_replica for r in results.values() if r.plan]
     assert len(shares) == 2
     assert all(share < 1 for share in shares)
@@ -114,7 +120,8 @@ def test_encoders_take_the_share_that_they_need() -> None:
     results = plan_all(requests, pool("A10"))
     assert all(r.fits for r in results.values())
     plan = results["0"].plan
-    assert plan and plan.accelerators_per_replica <= 0.25
+    assert plan
+    assert plan.accelerators_per_replica <= 0.25
     assert plan.kv_cache_tokens == 0
 
 
@@ -122,9 +129,12 @@ def test_measurements_beat_estimates() -> None:
     measured = Measurement("A10", 1, weights_gib=15.1, kv_cache_gib=3.0, kv_cache_tokens=24576)
     result = plan_variant(on("A10", measurements=(measured,)), pool("A10"))
     plan = result.plan
-    assert plan and plan.measured == measured
+    assert plan
+    assert plan.measured == measured
     assert (plan.weights_gib, plan.kv_cache_gib, plan.kv_cache_tokens) == (15.1, 3.0, 24576)
-    assert plan.estimate and plan.estimate.kv_cache_gib and plan.estimate.kv_cache_gib > 3.1
+    assert plan.estimate
+    assert plan.estimate.kv_cache_gib
+    assert plan.estimate.kv_cache_gib > 3.1
     too_small = replace(measured, kv_cache_gib=0.5)
     refused = plan_variant(on("A10", measurements=(too_small,)), pool("A10"))
     assert refused.reason == "KVCacheDoesNotFit"
@@ -134,7 +144,8 @@ def test_the_simulator_needs_no_facts_and_fits_anywhere() -> None:
     request = VariantRequest(None, "FP8", EngineSettings(type="Simulator", max_model_len=4096))
     for where in ("CPU", "T4", "H100"):
         plan = plan_variant(request, pool(where)).plan
-        assert plan and plan.max_model_len == 4096
+        assert plan
+        assert plan.max_model_len == 4096
     assert plan_variant(request, pool("CPU")).plan.resources.num_gpus == 0  # type: ignore[union-attr]
 
 
@@ -142,7 +153,8 @@ def test_a_checkpoint_that_cannot_be_seen_runs_as_asked() -> None:
     facts = ModelUnavailable("SourceNotMounted", "not mounted here", retryable=True, unseen=True)
     request = VariantRequest(facts, accelerators=(AcceleratorPreference("A10", 2),))
     plan = plan_variant(request, pool("A10", gpus=2)).plan
-    assert plan and plan.resources.num_gpus == 2
+    assert plan
+    assert plan.resources.num_gpus == 2
     assert "not checked" in plan.notes[0]
 
 
@@ -168,21 +180,24 @@ def test_tensor_then_pipeline_parallel() -> None:
     facts = config("meta-llama/Llama-3.1-70B-Instruct").facts
     request = VariantRequest(facts, engine=CONTEXT)
     plan = plan_variant(request, pool("L40S", gpus=8)).plan
-    assert plan and (plan.tensor_parallel_size, plan.pipeline_parallel_size) == (4, 1)
+    assert plan
+    assert (plan.tensor_parallel_size, plan.pipeline_parallel_size) == (4, 1)
     plan = plan_variant(request, pool("L40S", gpus=2, nodes=4)).plan
-    assert plan and (plan.tensor_parallel_size, plan.pipeline_parallel_size) == (2, 2)
+    assert plan
+    assert (plan.tensor_parallel_size, plan.pipeline_parallel_size) == (2, 2)
     assert plan.resources.num_gpus == 4
 
 
 def test_a_count_fixes_the_gpus() -> None:
     request = VariantRequest(LLAMA, engine=CONTEXT, accelerators=(AcceleratorPreference("A10", 4),))
     plan = plan_variant(request, pool("A10", gpus=4)).plan
-    assert plan and plan.tensor_parallel_size == 4
+    assert plan
+    assert plan.tensor_parallel_size == 4
     odd = replace(request, accelerators=(AcceleratorPreference("A10", 3),))
     assert (
         plan_variant(odd, pool("A10", gpus=4)).plan is None
         or plan_variant(odd, pool("A10", gpus=4)).plan.pipeline_parallel_size == 3
-    )  # type: ignore[union-attr]  # noqa: E501
+    )  # type: ignore[union-attr]
 
 
 def test_cpu_variants_share_the_memory_of_a_node() -> None:
@@ -192,7 +207,9 @@ def test_cpu_variants_share_the_memory_of_a_node() -> None:
     assert results["a"].fits
     assert results["b"].reason == "AcceleratorsNotFree"
     plan = results["a"].plan
-    assert plan and plan.engine.kv_cache_memory_bytes and plan.engine.kv_cache_memory_bytes % 2**30 == 0
+    assert plan
+    assert plan.engine.kv_cache_memory_bytes
+    assert plan.engine.kv_cache_memory_bytes % 2**30 == 0
     assert plan.resources.num_gpus == 0
 
 
@@ -208,5 +225,6 @@ def test_the_context_is_shortened_only_where_none_is_asked_for(asked: int | None
     if asked:
         assert result.reason == "KVCacheDoesNotFit"
     else:
-        assert result.plan and 2048 < (result.plan.max_model_len or 0) < 131072
+        assert result.plan
+        assert 2048 < (result.plan.max_model_len or 0) < 131072
         assert "maxModelLen" in result.plan.settings

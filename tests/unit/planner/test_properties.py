@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.planner.measured import all_configs
 
 from modelfleet_operator.catalog.accelerators import accelerator, accelerators
 from modelfleet_operator.planner import (
@@ -21,7 +22,6 @@ from modelfleet_operator.planner.facts import ModelFacts
 from modelfleet_operator.planner.parallel import tensor_parallel_problem
 from modelfleet_operator.planner.quantization import checkpoint_names
 from modelfleet_serving.contract import EngineSettings
-from tests.unit.planner.measured import all_configs
 
 FACTS = [c.facts for c in all_configs()]
 GPUS = [name for name, kind in accelerators().items() if not kind.is_cpu]
@@ -129,7 +129,7 @@ def test_the_same_question_gets_the_same_answer(asked: list[VariantRequest], poo
 
 
 def test_a_thousand_variants_over_fifty_groups_take_less_than_two_seconds() -> None:
-    # Types stand once in a pool: groups beyond the catalogue's kinds are of unknown ones, and looked at as well.
+    # Types stand once in a pool: groups beyond the catalogue's kinds are unknown, and looked at, too.
     names = [*GPUS, *(f"other-{n}" for n in range(50 - len(GPUS)))]
     pool = PoolView(tuple(AcceleratorGroup(n, (NodeCapacity((1.0,) * 8, count=20),)) for n in names))
     asked = {
