@@ -552,6 +552,11 @@ static void get(Conn *conn, const char *path) {
   } else answer(conn, "200 OK", "application/json", info, sizeof info - 1);
 }
 
+static bool ends_with(const char *path, const char *tail) {
+  size_t length = strlen(path), size = strlen(tail);
+  return length >= size && !strcmp(path + length - size, tail);
+}
+
 static void dispatch(Conn *conn) {
   char *body = conn->in + conn->head_length, path[1024];
   size_t length = conn->body_length, i = 0;
@@ -564,7 +569,9 @@ static void dispatch(Conn *conn) {
   path[i] = 0;
   body[length] = 0;
   if (conn->engine->control) control(conn, path);
-  else if (conn->in[0] == 'P') chat(conn, body, length);
+  else if (conn->in[0] == 'P' && ends_with(path, "/completions")) chat(conn, body, length);
+  /* vllm-router asks every engine for /v1/chat/completions/render; without it, it matches text instead of tokens. */
+  else if (conn->in[0] == 'P') answer(conn, "404 Not Found", "text/plain", "", 0);
   else get(conn, path);
 }
 
