@@ -97,9 +97,7 @@ class _Placement:
 
         A replica costs at least one accelerator, so a group is sized only when its turn may have come.
         """
-        floors = sorted(
-            (self._floor(group), n, group.accelerator) for n, group in enumerate(self.groups.values())
-        )
+        floors = sorted((self._floor(group), n, group.accelerator) for n, group in groups)
         ready: list[tuple[float, int, Sized]] = []
         for n, (floor, _, name) in enumerate(floors):
             while ready and ready[0][0] <= floor:

@@ -45,7 +45,7 @@ def test_no_scheme_starts_below_its_methods_gate(found: Snapshot) -> None:
         for scheme in schemes:
             lowest = min(step.floor for step in rules.schemes[scheme] if step.floor is not None)
             assert lowest >= max(gate.min_capability, rules.floor) or gate.min_capability < rules.floor, (
-                f"{found.engine} {found.version}: {scheme} from {lowest}, {method} wants {gate.min_capability}"
+                f"{found.version}: {scheme} from {lowest}, {method} wants {gate.min_capability}"
             )
 
 

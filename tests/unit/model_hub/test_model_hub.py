@@ -178,7 +178,7 @@ class _Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         return
 
 
@@ -191,15 +191,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     url = f"http://127.0.0.1:{server.server_address[1]}"
     for module in ("huggingface_hub.constants", "huggingface_hub.hf_api", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.ENDPOINT", url, raising=False)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(
-        "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
-        url + "/{repo_id}/resolve/{revision}/{filename}",
-        raising=False,
-    )
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     yield server
     server.shutdown()
     server.server_close()
