@@ -83,7 +83,7 @@ class _Placement:
         return self._refused(_ranked(seen))
 
     def _in_order(self) -> Iterator[tuple[AcceleratorPreference, Sized]]:
-        """Ways to run the variant, best first: where it runs now, then as preferred, or the cheapest first."""
+        """Ways to run the variant: where it runs now, then as preferred, or the cheapest first."""
         asked = self.request.accelerators
         if not asked:
             yield from self._cheapest_first()
@@ -97,7 +97,9 @@ class _Placement:
 
         A replica costs at least one accelerator, so a group is sized only when its turn may have come.
         """
-        floors = sorted((self._floor(group), n, group.accelerator) for n, group in groups)
+        floors = sorted(
+            (self._floor(group), n, group.accelerator) for n, group in enumerate(self.groups.values())
+        )
         ready: list[tuple[float, int, Sized]] = []
         for n, (floor, _, name) in enumerate(floors):
             while ready and ready[0][0] <= floor:

@@ -259,9 +259,18 @@ def test_defaults_of_the_class_fill_what_the_checkpoint_leaves_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["deepseek-ai/deepseek-vl2-small", "google/gemma-3-27b-it", "openai/gpt-oss-20b", "Qwen/Qwen2.5-VL-7B-Instruct",
-              "OpenGVLab/InternVL3-8B", "openai/whisper-large-v3", "deepseek-ai/DeepSeek-V3", "BAAI/bge-large-en-v1.5"]
-)  # fmt: skip
+    "model",
+    [
+        "deepseek-ai/deepseek-vl2-small",
+        "google/gemma-3-27b-it",
+        "openai/gpt-oss-20b",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "OpenGVLab/InternVL3-8B",
+        "openai/whisper-large-v3",
+        "deepseek-ai/DeepSeek-V3",
+        "BAAI/bge-large-en-v1.5",
+    ],
+)
 def test_defaults_change_no_fact_of_a_complete_config(hub: ModelHub, tmp_path: Path, model: str) -> None:
     known = config(model)
     (tmp_path / "m").mkdir()
