@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,8 @@ def ray(tmp_path: Path) -> Iterator[RayThread]:
 @pytest.fixture
 def installed(kuberay_operator: ControlPlane, system: str) -> Iterator[ControlPlane]:
     remove_crds(kuberay_operator)
-    options = ["--set", "router.autoscaling.enabled=false", "--set", "operator.letGoSeconds=3"]
+    nodes = [{"type": "CPU", "gpusPerNode": 0, "cpusPerNode": "2", "minNodes": 1, "maxNodes": 2}]
+    options = ["--set", "operator.letGoSeconds=3", "--set-json", f"pool.accelerators={json.dumps(nodes)}"]
     kuberay_operator.helm("install", "modelfleet", str(CHART), "-n", system, *options)
     yield kuberay_operator
     kuberay_operator.helm("uninstall", "modelfleet", "-n", system, "--wait", "--no-hooks")
@@ -109,11 +111,13 @@ def test_rights_are_exactly_those_needed(
             timeout=20,
             what="the token that the routers mount",
         )
-        wait_until(
-            lambda: bool(cluster.list("pods", system, "ray.io/node-type=head,modelfleet.io/pool=default")),
-            timeout=40,
-            what="the Ray head of the chart's pool",
-        )
+        for role in ("head", "worker"):
+            selector = f"ray.io/node-type={role},modelfleet.io/pool=default"
+            wait_until(
+                lambda s=selector: bool(cluster.list("pods", system, s)),  # type: ignore[misc]
+                timeout=40,
+                what=f"the Ray {role} of the chart's pool",
+            )
         service = cluster.get("service", "default-head-svc", system)
         assert 8267 in {p["port"] for p in service["spec"]["ports"]}, "routers look for the registry there"
 
