@@ -149,6 +149,14 @@ def router(context: typer.Context) -> None:
     _become("modelfleet_serving.router", context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def key(context: typer.Context) -> None:
+    """Make an API key of the router; `modelfleet key --help` lists its options."""
+    _become("modelfleet_serving.router.new_key", context.args)
+
+
 @app.command()
 def operator() -> None:
     """Run the Kubernetes operator."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from rich.console import Console
 from rich.table import Table
+
+LINE_WIDTH: Final = 320
 
 
 def render(documents: Sequence[dict[str, Any]], output: str, *, one: bool = False) -> None:
@@ -25,7 +27,8 @@ def render(documents: Sequence[dict[str, Any]], output: str, *, one: bool = Fals
         text = json.dumps(content, indent=2) if output == "json" else yaml.safe_dump(content, sort_keys=False)
         sys.stdout.write(text.rstrip() + "\n")
         return
-    console = Console(highlight=False)
+    # As kubectl does: a line stays one line, and the terminal wraps it where it must.
+    console = Console(highlight=False, width=LINE_WIDTH, soft_wrap=True)
     if not documents:
         console.print("No ModelDeployments.")
         return
@@ -40,7 +43,7 @@ def render(documents: Sequence[dict[str, Any]], output: str, *, one: bool = Fals
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=True)
     return table
 
 
