@@ -7,7 +7,7 @@ BENCHES := router operator lifecycle fleet
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
 .PHONY: test-chart generate-install
-.PHONY: bench bench-venv bench-router soak-router
+.PHONY: bench bench-venv bench-router bench-operator soak-router
 
 help: ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -17,6 +17,9 @@ venv: ## The development environment in .venv.
 
 demo: venv ## Serve a real small model in two quantization variants on this machine and ask both.
 	@$(PY) scripts/demo.py
+
+demo-cluster: venv ## The demo through kubectl: a real control plane, the operator, local Ray, the real engine.
+	@$(PY) scripts/demo_cluster.py
 
 test: venv lint test-unit test-ray test-controlplane test-chart test-e2e ## Everything, as CI runs it.
 
@@ -50,6 +53,9 @@ bench: $(addprefix bench-,$(BENCHES)) ## All benchmarks; figures in build/bench/
 
 bench-router: bench-venv ## The router against vllm-router, sglang-router, HAProxy, LiteLLM (ARGS="--quick --rows ...").
 	$(PY) -m tests.benchmarks.router $(ARGS)
+
+bench-operator: venv ## The operator with 1,000 ModelDeployments on a real API server (ARGS="--deployments 100").
+	$(PY) -m tests.benchmarks.operator $(ARGS)
 
 DURATION ?= 600
 soak-router: bench-venv ## The router under load and faults: every request accounted for (DURATION=600 seconds).

@@ -18,7 +18,8 @@ from modelfleet_operator.metrics import ERRORS
 log = logging.getLogger(__name__)
 
 CONTROLLER: Final = "modelfleet.io/operator"
-QUEUED: Final = 1000
+QUEUED: Final = 10_000
+_POSTERS: Final = 4
 _NOTE_LENGTH: Final = 1024
 """Longest note that the API takes."""
 _QUIET: Final = frozenset({"Progressing"})
@@ -29,7 +30,7 @@ _VERDICTS: Final = frozenset({"Accepted", "Fits"})
 
 @dataclass
 class EventWriter:
-    """Posts events one after another; when too many wait, the newest are left out, never a reconcile step.
+    """Posts events in the background; when too many wait, the newest are left out, never a reconcile step.
 
     Attributes:
         kube: the API server.
@@ -75,6 +76,11 @@ class EventWriter:
 
     async def run(self) -> None:
         """Post until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(_POSTERS):
+                group.create_task(self._post(), name=f"post-events-{number}")
+
+    async def _post(self) -> None:
         while True:
             body = await self._queue.get()
             try:

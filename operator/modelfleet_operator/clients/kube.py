@@ -104,11 +104,13 @@ class KubeClient:
     Args:
         api: connection and credentials; its owner closes it.
         timeout: seconds for one call.
+        manager: field manager of everything that is written.
     """
 
-    def __init__(self, api: ApiClient, timeout: float = CALL_SECONDS) -> None:
+    def __init__(self, api: ApiClient, timeout: float = CALL_SECONDS, manager: str = FIELD_MANAGER) -> None:
         self._api = api
         self._timeout = timeout
+        self._manager = manager
 
     async def apply(self, kind: Kind, body: Mapping[str, Any], *, subresource: str = "") -> Object:
         """Server-side apply: the fields of ``body`` become ours, fields of ours that it lacks go.
@@ -119,7 +121,7 @@ class KubeClient:
         """
         metadata = body["metadata"]
         path = kind.path(metadata.get("namespace"), metadata["name"], subresource)
-        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        query = {"fieldManager": self._manager, "force": "true"}
         document = {"apiVersion": kind.api_version, "kind": kind.kind, **body}
         return await self.call("PATCH", path, query=query, body=document, content_type=_APPLY)
 
@@ -141,7 +143,7 @@ class KubeClient:
             NotFoundError: it is gone.
         """
         body = {"metadata": {"finalizers": finalizers, "resourceVersion": resource_version}}
-        query = {"fieldManager": FIELD_MANAGER}
+        query = {"fieldManager": self._manager}
         return await self.call(
             "PATCH", kind.path(namespace, name), query=query, body=body, content_type=_MERGE
         )
@@ -175,7 +177,7 @@ class KubeClient:
             ConflictError: it is there already.
         """
         document = {"apiVersion": kind.api_version, "kind": kind.kind, **body}
-        query = {"fieldManager": FIELD_MANAGER}
+        query = {"fieldManager": self._manager}
         return await self.call(
             "POST", kind.path(body["metadata"].get("namespace")), query=query, body=document
         )

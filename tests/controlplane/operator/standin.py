@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -80,7 +82,7 @@ class RayStandIn:
     memory: EngineMemory | None = None
     port: int = 0
     set_at: dict[str, float] = field(default_factory=dict)
-    """Loop time at which an application was first given its present configuration."""
+    """Seconds since the epoch at which an application was given its present configuration."""
     _interval: float = 1.0
     _body: bytes | None = None
 
@@ -90,6 +92,7 @@ class RayStandIn:
         app.router.add_get(_PATH, self._get)
         app.router.add_put(_PATH, self._put)
         app.router.add_get("/api/v0/nodes", self._get_nodes)
+        app.router.add_get("/standin", self._get_own)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", port)
@@ -139,6 +142,11 @@ class RayStandIn:
         found = [{"node_id": str(i), "state": "ALIVE", "resources_total": r} for i, r in enumerate(self.nodes)]
         return web.json_response({"result": True, "data": {"result": {"result": found}}})
 
+    async def _get_own(self, _: web.Request) -> web.Response:
+        """For measurements: what happened when, by the machine's clock."""
+        return web.json_response({"puts": self.puts, "gets": self.gets, "setAt": self.set_at,
+                                  "restarted": sum(self.restarted.values())})  # fmt: skip
+
     async def _put(self, request: web.Request) -> web.Response:
         if refusal := self._check(request):
             return refusal
@@ -151,12 +159,12 @@ class RayStandIn:
             if running is None:
                 self.apps[name] = App(config, born=now)
                 self.started[name] += 1
-                self.set_at[name] = now
+                self.set_at[name] = time.time()
             elif running.config != config:
                 if _engine(running.config) != _engine(config):
                     self.restarted[name] += 1
                 running.config = config
-                self.set_at[name] = now
+                self.set_at[name] = time.time()
         for name, app in self.apps.items():
             if name not in wanted and app.deleting is None:
                 app.deleting = now
@@ -235,7 +243,7 @@ class RayStandIn:
 
 def _engine(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without what changes no running engine."""
-    rest = {k: v for k, v in config.items() if k != "deployments"}
+    rest = {k: v for k, v in config.items() if k != "deployments" and (k, v) != ("runtime_env", {})}
     return json.loads(json.dumps(rest))  # type: ignore[no-any-return]
 
 
@@ -296,8 +304,8 @@ class RayThread:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _main(port: int, registry: str, token: str | None) -> None:
-    ray = RayStandIn(registry=registry, token=token)
+async def _main(port: int, registry: str) -> None:
+    ray = RayStandIn(registry=registry, token=os.environ.get("STANDIN_TOKEN"))
     runner = await ray.serve(port)
     print(f"ray stand-in: http://127.0.0.1:{ray.port}", flush=True)
     try:
@@ -311,4 +319,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--registry", default="")
     options = parser.parse_args()
-    asyncio.run(_main(options.port, options.registry, None))
+    asyncio.run(_main(options.port, options.registry))

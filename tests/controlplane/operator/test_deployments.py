@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 from tests.controlplane.bed import wait_until
 from tests.controlplane.operator.processes import OperatorProcess
 from tests.controlplane.operator.world import World, deployment
+
+from modelfleet_serving.contract import EngineMemory
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
 
@@ -37,3 +40,116 @@ def test_is_accepted_within_a_second_and_routed_within_two(world: World, operato
     # kubectl itself takes a third of a second for each call, which is counted here.
     assert accepted < 1.5
     assert routed < 2
+
+
+def test_deletion_withdraws_the_route_drains_and_lets_go(world: World, operator: OperatorProcess) -> None:
+    world.ray.ray.drain_seconds = 1.5
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    wait_until(lambda: world.route() is not None, timeout=10, what="the route")
+    world.cluster.kubectl("delete", "mdep", "m", "-n", world.namespace, "--wait=false")
+    wait_until(lambda: world.route() is None, timeout=5, what="the route withdrawn", interval=0.05)
+    assert world.cluster.find("mdep", "m", world.namespace) is not None, "let go before it drained"
+    wait_until(lambda: world.cluster.find("mdep", "m", world.namespace) is None, timeout=10, what="let go")
+    assert not world.ray.names()
+    assert not world.ray.ray.restarted
+
+
+def test_namespace_goes_although_ray_is_gone(world: World, operator: OperatorProcess) -> None:
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    world.ray.ray.down = True
+    world.cluster.delete_namespace(world.namespace, timeout=40)
+
+
+def test_deletion_does_not_wait_for_a_pool_that_is_not_there(world: World, operator: OperatorProcess) -> None:
+    world.apply(deployment(pool="nowhere"))
+    assert "no ServingPool nowhere" in world.wait_condition("Accepted", "False", reason="PoolNotFound")
+    world.cluster.kubectl("delete", "mdep", "m", "-n", world.namespace, "--timeout=10s")
+
+
+def test_the_older_keeps_a_name(world: World, operator: OperatorProcess) -> None:
+    model = {"name": "shared", "source": "hf://o/n"}
+    world.apply(deployment("first", model=model))
+    world.wait_condition("Ready", name="first")
+    # Creation times count in seconds, and twins are ordered by name.
+    world.apply(deployment("second", model=model))
+    message = world.wait_condition("Accepted", "False", "second", reason="NameConflict")
+    assert f"shared belongs to ModelDeployment {world.namespace}/first" in message
+    assert not any(".second." in name for name in world.ray.names())
+    world.cluster.kubectl("delete", "mdep", "first", "-n", world.namespace, "--timeout=15s")
+    world.wait_condition("Ready", name="second")
+
+
+def test_rollout_keeps_serving(world: World, operator: OperatorProcess) -> None:
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    before = world.ray.names()
+    served = []
+    world.apply(deployment(engine={"type": "Simulator", "maxModelLen": 1024}))
+
+    def replaced() -> bool:
+        route = world.route()
+        served.append(route is not None and all(v.endpoints for v in route.variants))
+        return not (world.ray.names() & before)
+
+    wait_until(replaced, timeout=20, what="the old revision gone", interval=0.02)
+    world.wait_condition("Ready")
+    assert all(served)
+    assert not world.ray.ray.restarted
+
+
+def test_restart_of_the_operator_touches_nothing(world: World) -> None:
+    with world.operator() as first:
+        first.wait_ready()
+        world.apply(deployment())
+        world.wait_condition("Ready")
+        first.kill()
+    puts, version = world.ray.ray.puts, world.get()["metadata"]["resourceVersion"]
+    with world.operator() as second:
+        second.wait_ready()
+        wait_until(lambda: "reconciles_total 1.0" in second.fetch("/metrics")[1], timeout=15, what="a step")
+        world.apply(deployment(routing={"weights": {"a": 1}}))
+        wait_until(lambda: world.route().weights == {"a": 1, "b": 0}, timeout=10, what="new weights")
+    assert world.ray.ray.puts == puts
+    assert not world.ray.ray.restarted
+    assert version != world.get()["metadata"]["resourceVersion"]
+
+
+def test_events_tell_transitions_once(world: World, operator: OperatorProcess) -> None:
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    for weight in (2, 3, 4):
+        world.apply(deployment(routing={"weights": {"a": weight}}))
+        wait_until(_weighs(world, weight), timeout=10, what="new weights")
+    events = [reason for name, reason in world.events() if name == "m"]
+    wait_until(lambda: "AllVariantsReady" in [r for _, r in world.events()], timeout=5, what="the event")
+    assert len(events) == len(set(events))
+
+
+def test_measured_memory_is_kept_in_status(world: World, operator: OperatorProcess) -> None:
+    world.ray.ray.memory = EngineMemory(weights_gib=14.25, kv_cache_gib=5.5, kv_cache_tokens=41_000)
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    expected = {"accelerator": "A10", "weightsGiB": "14.25", "kvCacheGiB": "5.50", "kvCacheTokens": 41_000}
+
+    def measured() -> bool:
+        rows = world.get()["status"]["variants"][0].get("measurements") or [{}]
+        return expected.items() <= rows[0].items()
+
+    wait_until(measured, timeout=10, what="measurements")
+
+
+def test_waits_for_a_late_accelerator_then_takes_the_next(world: World) -> None:
+    world.ray.ray.never_start = {"A10"}
+    world.ray.ray.nodes = [{"CPU": 8.0, "GPU": 4.0, "accelerator_type:T4": 1.0}]
+    with world.operator(PENDING_SECONDS="1") as operator:
+        operator.wait_ready()
+        choice = [{"name": "a", "accelerators": [{"type": "A10"}, {"type": "T4"}]}]
+        world.apply(deployment(variants=choice))
+        world.wait_condition("Ready", timeout=60)
+        assert world.get()["status"]["variants"][0]["accelerator"] == "T4"
+
+
+def _weighs(world: World, weight: int) -> Callable[[], bool]:
+    return lambda: world.route().weights == {"a": weight, "b": 0}

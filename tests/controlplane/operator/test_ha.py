@@ -1,0 +1,72 @@
+"""Two processes: one works, the other takes over. The API server's absence alone takes nobody's work away."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from tests.controlplane.bed import ControlPlane, wait_until
+from tests.controlplane.operator.processes import OperatorProcess
+from tests.controlplane.operator.world import World, deployment
+
+pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
+
+
+def leads(operator: OperatorProcess) -> bool:
+    return "modelfleet_operator_leader 1.0" in operator.fetch("/metrics")[1]
+
+
+def pair(world: World) -> tuple[OperatorProcess, OperatorProcess]:
+    settings = {"LEADER_ELECTION": "true", "LEASE_SECONDS": "4", "LEASE_NAME": world.namespace}
+    return (
+        world.operator(IDENTITY="one", **settings),
+        world.operator(IDENTITY="two", **settings),
+    )
+
+
+def test_the_standby_takes_over(world: World) -> None:
+    one, two = pair(world)
+    with one, two:
+        one.wait_ready()
+        wait_until(lambda: leads(one) or leads(two), timeout=15, what="a leader")
+        leader, standby = (one, two) if leads(one) else (two, one)
+        standby.wait_ready()
+        world.apply(deployment())
+        world.wait_condition("Ready")
+        puts = world.ray.ray.puts
+
+        # A goodbye gives the Lease back at once; a death is noticed when it runs out.
+        began = time.monotonic()
+        assert leader.stop() < 5
+        wait_until(lambda: leads(standby), timeout=10, what="the standby to lead")
+        assert time.monotonic() - began < 4
+        assert world.ray.ray.puts == puts, "a takeover touches nothing"
+
+        leader.start()
+        leader.wait_ready()
+        began = time.monotonic()
+        standby.kill()
+        wait_until(lambda: leads(leader), timeout=20, what="the first to lead again")
+        assert time.monotonic() - began < 12
+        world.apply(deployment(routing={"weights": {"a": 5}}))
+        wait_until(lambda: world.route().weights == {"a": 5, "b": 0}, timeout=15, what="new weights")
+
+
+def test_works_on_without_the_api_server(control_plane: ControlPlane, world: World) -> None:
+    one, _ = pair(world)
+    with one:
+        one.wait_ready()
+        world.apply(deployment())
+        world.wait_condition("Ready")
+        lost = sorted(world.ray.names())[0]
+        control_plane.stop("kube-apiserver")
+        try:
+            world.ray.remove(lost)
+            wait_until(lambda: lost in world.ray.names(), timeout=45, what="the application again")
+            assert leads(one)
+        finally:
+            control_plane.start("kube-apiserver")
+        wait_until(lambda: not one.ended(), timeout=1, what="the operator alive")
+        world.apply(deployment(routing={"weights": {"a": 5}}))
+        wait_until(lambda: world.route().weights == {"a": 5, "b": 0}, timeout=30, what="new weights")
+    assert not world.ray.ray.restarted
