@@ -13,7 +13,7 @@ import uvloop
 
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.hub import Hub
-from modelfleet_serving.router.process import LOG_FORMAT
+from modelfleet_serving.router.process import LOG_FORMAT, tune_collector
 from modelfleet_serving.router.settings import Settings, SettingsError, parse_settings, split_address
 from modelfleet_serving.router.sources import FileSource, RegistrySource
 from modelfleet_serving.router.supervisor import process_id, reserve_port, running
@@ -66,6 +66,7 @@ def _announce(settings: Settings, host: str, port: int) -> None:
 def main() -> int:
     """Entry point; returns the exit status."""
     sys.setswitchinterval(_SWITCH_SECONDS)
+    tune_collector()
     try:
         settings = parse_settings(sys.argv[1:])
         logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)

@@ -16,6 +16,7 @@ from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
 from modelfleet_serving.router.hub import TableChange
 from modelfleet_serving.router.observe import Snapshot
+from modelfleet_serving.router.probe import Prober
 from modelfleet_serving.router.server import ClientConnection
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.table import EndpointRef, Table
@@ -74,6 +75,7 @@ class Worker:
         self.date_line = b""
         self.refused: dict[int, int] = {}
         self._spawn(self.tenancy.follow())
+        self._spawn(Prober(self).run())
         self._request_ids = itertools.count()
         self._request_prefix = secrets.token_hex(12).encode()
         self._sweep_handle: asyncio.TimerHandle | None = None

@@ -260,6 +260,7 @@ class Harness:
     async def start(self, **settings: Any) -> None:
         loop = asyncio.get_running_loop()
         self.hub = Hub(Counters(), "test")
+        settings.setdefault("health_interval", 0)
         self.worker = Worker(Settings(routes="-", **settings), self.hub.counters, loop, self.hub.metrics)
         await self.hub.join(self.worker)
         self._server = await self.worker.listen("127.0.0.1", 0)

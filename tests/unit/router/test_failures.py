@@ -239,3 +239,15 @@ async def test_a_draining_engine_keeps_its_requests_and_gets_no_new_one(router: 
     release.set()
     assert (await client.answer()).json()["engine"] == "old"
     assert sum(router.hub.counters.cells) == 0
+
+
+async def test_idle_engines_are_checked() -> None:
+    async with harness(health_interval=0.05) as checked:
+        gone, good = await checked.engine("gone"), await checked.engine("good")
+        await gone.stop()
+        await checked.table(model(a=[gone, good]))
+        await until(lambda: checked.worker.table.models["m"].variants["a"].stats.ejections == 1)
+        assert not good.requests or good.requests[0].line == "GET /health HTTP/1.1"
+        for _ in range(10):
+            assert (await checked.ask()).json()["engine"] == "good"
+        assert (await checked.hub.snapshot()).variants[1].retries == 0

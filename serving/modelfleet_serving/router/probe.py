@@ -1,0 +1,79 @@
+"""Active health checks of engines that no request has tried lately."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+from modelfleet_serving.router.health import Failure
+
+if TYPE_CHECKING:
+    from modelfleet_serving.router.table import EndpointRef
+    from modelfleet_serving.router.worker import Worker
+
+_log = logging.getLogger(__name__)
+
+MAX_CONCURRENT: Final = 16
+TIMEOUT: Final = 2.0
+
+
+class Prober:
+    """Asks idle engines for their health, so that a request isn't the first to find one gone.
+
+    An engine with requests in flight needs no check: they tell more. A failed check counts as a failed
+    attempt; a good one counts for nothing, since an engine may be healthy and still fail requests.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._interval = worker.settings.health_interval
+        self._path = worker.settings.health_path
+        self._places = asyncio.Semaphore(MAX_CONCURRENT)
+
+    async def run(self) -> None:
+        """Checks until cancelled; each engine once an interval, the workers of a router in turn."""
+        counters = self._worker.counters
+        if self._interval <= 0:
+            return
+        while True:
+            await asyncio.sleep(self._interval * counters.workers)
+            async with asyncio.TaskGroup() as group:
+                for endpoint in self._idle_endpoints():
+                    group.create_task(self._check(endpoint))
+
+    def _idle_endpoints(self) -> list[EndpointRef]:
+        total = self._worker.counters.total
+        return [
+            endpoint
+            for model in self._worker.table.models.values()
+            for variant in model.variants.values()
+            for endpoint in variant.endpoints
+            if endpoint.ready and endpoint.limit and not endpoint.tls and not total(endpoint.row)
+        ]
+
+    async def _check(self, endpoint: EndpointRef) -> None:
+        async with self._places:
+            failure = await self._ask(endpoint)
+        if failure is not None and endpoint.ready:
+            self._worker.dispatcher.failed(endpoint, failure)
+
+    async def _ask(self, endpoint: EndpointRef) -> Failure | None:
+        writer: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+                path = endpoint.path + self._path.encode("ascii")
+                head = b"GET " + path + b" HTTP/1.1\r\nhost: " + endpoint.authority
+                writer.write(head + b"\r\nconnection: close\r\n\r\n")
+                line = await reader.readline()
+        except TimeoutError:
+            return Failure.TIMEOUT
+        except OSError:
+            return Failure.CONNECT
+        finally:
+            if writer is not None:
+                with contextlib.suppress(OSError):
+                    writer.close()
+        return Failure.STATUS if line[9:10] == b"5" or not line.startswith(b"HTTP/1.") else None
