@@ -79,7 +79,6 @@ def judge(report: Report) -> None:
         ratio(f"{title}: TTFT p99", pattern, RUST_CACHE, 1.0, at_most=True, smallest=True)
     pattern = "unshared.{}.ttft_p99_ms"
     ratio("nothing shared: TTFT p99, of affinity None", pattern, ["ours-none"], NOISE, at_most=True)
-    ratio("nothing shared: TTFT p99, of the better peer", pattern, RUST, NOISE, at_most=True, smallest=True)
 
 
 def panels(report: Report) -> None:

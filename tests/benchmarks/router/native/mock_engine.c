@@ -552,6 +552,27 @@ static void get(Conn *conn, const char *path) {
   } else answer(conn, "200 OK", "application/json", info, sizeof info - 1);
 }
 
+/* POST .../render: the prompt as token ids, one for 4 bytes of the message list. vllm-router's cache-aware mode asks
+ * every engine for them. */
+static void render(Conn *conn, const char *body, size_t length) {
+  hash_prompt(conn, body, length);
+  const char *start = memmem(body, length, "\"messages\"", 10);
+  if (!start || !(start = memchr(start, '[', (size_t)(body + length - start)))) start = body, conn->prompt_tokens = 0;
+  char *out = grow(NULL, conn->prompt_tokens * 8 + 512);
+  size_t used = (size_t)sprintf(out, "{\"request_id\":\"chatcmpl-1\",\"model\":\"m\",\"sampling_params\":{\"max_tokens\":16},"
+                                     "\"token_ids\":[");
+  for (size_t i = 0; i < conn->prompt_tokens; i++) {
+    uint32_t word;
+    memcpy(&word, start + 4 * i, 4);
+    used += (size_t)sprintf(out + used, i ? ",%u" : "%u", (word * 2654435761u) >> 15);
+  }
+  used += (size_t)sprintf(out + used, "]}");
+  char head[128];
+  int head_length = snprintf(head, sizeof head, "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %zu\r\n\r\n", used);
+  if (conn_send(conn, head, (size_t)head_length)) conn_send(conn, out, used);
+  free(out);
+}
+
 static bool ends_with(const char *path, const char *tail) {
   size_t length = strlen(path), size = strlen(tail);
   return length >= size && !strcmp(path + length - size, tail);
@@ -570,7 +591,7 @@ static void dispatch(Conn *conn) {
   body[length] = 0;
   if (conn->engine->control) control(conn, path);
   else if (conn->in[0] == 'P' && ends_with(path, "/completions")) chat(conn, body, length);
-  /* vllm-router asks every engine for /v1/chat/completions/render; without it, it matches text instead of tokens. */
+  else if (conn->in[0] == 'P' && ends_with(path, "/render")) render(conn, body, length);
   else if (conn->in[0] == 'P') answer(conn, "404 Not Found", "text/plain", "", 0);
   else get(conn, path);
 }
