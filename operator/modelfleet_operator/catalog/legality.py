@@ -40,7 +40,12 @@ class LoadTime:
     method: str
     scheme: str
     since: tuple[int, ...]
+    until: tuple[int, ...] | None
     source: str
+
+    def holds(self, version: tuple[int, ...]) -> bool:
+        """Whether a version of the engine has it."""
+        return self.since <= version and (self.until is None or version[: len(self.until)] <= self.until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +135,13 @@ def _rules(entry: Mapping[str, Any]) -> EngineRules:
         kv_fp8_fallback=capability(entry["kvFp8Fallback"]),
         kv_fp8_source=entry["kvFp8Source"],
         load_time={
-            name: LoadTime(e["method"], e["scheme"], version_key(e.get("since", "0")), e["source"])
+            name: LoadTime(
+                e["method"],
+                e["scheme"],
+                version_key(e.get("since", "0")),
+                version_key(e["until"]) if "until" in e else None,
+                e["source"],
+            )
             for name, e in entry["loadTime"].items()
         },
         plugins={

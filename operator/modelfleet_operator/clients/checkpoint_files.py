@@ -197,6 +197,7 @@ class HubFiles(CheckpointFiles):
             )
         return str(info.sha), [str(sibling.rfilename) for sibling in info.siblings or []]
 
+    @cached_property
     def _offline(self) -> LocalFiles | None:
         """The local copy where the hub must not or can't be asked."""
         try:
@@ -209,7 +210,7 @@ class HubFiles(CheckpointFiles):
 
     def revision(self) -> str | None:
         """Commit of the repository."""
-        local = self._offline()
+        local = self._offline
         return local.directory.name if local else self._info[0]
 
     def cache_key(self) -> str | None:
@@ -218,12 +219,12 @@ class HubFiles(CheckpointFiles):
 
     def names(self) -> list[str]:
         """The checkpoint's files."""
-        local = self._offline()
+        local = self._offline
         return local.names() if local else [name for name in self._info[1] if "/" not in name]
 
     def read_range(self, name: str, begin: int, end: int) -> bytes | None:
         """Bytes of one file."""
-        local = self._offline()
+        local = self._offline
         if local is not None:
             return local.read_range(name, begin, end)
         if name not in self._info[1]:

@@ -31,6 +31,7 @@ class Verdict:
         kv_dtype_bytes: bytes of one of its values.
         quantize_at_load: method that the engine applies to an unquantized checkpoint.
         notes: what the user should know.
+        splits_layers: whether the engine can spread the layers over pipeline stages.
     """
 
     scheme: WeightScheme
@@ -39,6 +40,7 @@ class Verdict:
     kv_dtype_bytes: float
     quantize_at_load: str | None = None
     notes: tuple[str, ...] = ()
+    splits_layers: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ def judge(request: VariantRequest, facts: ModelFacts, accelerator: Accelerator) 
             scheme.quantizes_vision, step.compute,
         )  # fmt: skip
     notes = [note for note in (step.note if step else "", _dtype_note(case, dtype), kv[2]) if note]
-    return Verdict(scheme, dtype, kv[0], kv[1], declared.quantize_at_load, tuple(notes))
+    abilities = source.architectures.get(facts.architecture)
+    splits_layers = engine != "vLLM" or abilities is None or "pipeline" in abilities
+    return Verdict(scheme, dtype, kv[0], kv[1], declared.quantize_at_load, tuple(notes), splits_layers)
 
 
 def _engine_on(case: _Case) -> Rejection | None:

@@ -86,9 +86,13 @@ def resolve(
         return _from_checkpoint(found, declared)
     if found is None:
         at_load = rules.load_time.get(declared)
-        if at_load is not None and version_key(version) >= at_load.since:
+        if at_load is not None and at_load.holds(version_key(version)):
             size = 1.0 if at_load.scheme.startswith("w8") else 0.5
             return Declared(declared, at_load.method, WeightScheme(at_load.scheme, size), at_load.method)
+        plugin = rules.plugins.get(declared.lower())
+        if plugin is not None:
+            source = f"{request.engine.type} {version}: no such method"
+            return Rejection("", Rule.QUANTIZATION_NOT_SUPPORTED, plugin.message, source)
         return _mismatch(
             f"the checkpoint is not quantized, and {request.engine.type} {version} does not apply {declared} "
             f"at load: point the variant's source at a checkpoint in {declared}"

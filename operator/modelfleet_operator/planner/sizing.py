@@ -143,6 +143,8 @@ class _Sizing:
             gpus_per_node=per_node,
             nodes=node_count(self.group),
         ):
+            if pipeline > 1 and not self.verdict.splits_layers:
+                continue
             problem = tensor_parallel_problem(self.facts, tensor)
             if problem is None and tensor > per_node:
                 problem = (

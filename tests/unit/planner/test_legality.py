@@ -111,6 +111,13 @@ def test_plugins_are_named() -> None:
     runs(ask(facts, "A10", "BitsAndBytes", engine="SGLang"))
 
 
+def test_plugins_are_named_for_unquantized_checkpoints_too() -> None:
+    for declared in ("BitsAndBytes", "GGUF"):
+        refused(ask(LLAMA, "A10", declared), Rule.QUANTIZATION_NOT_SUPPORTED, "plugin")
+    assert runs(ask(LLAMA, "A10", "BitsAndBytes", version="0.26.0")).quantize_at_load == "bitsandbytes"
+    assert runs(ask(LLAMA, "A10", "BitsAndBytes", engine="SGLang")).quantize_at_load == "bitsandbytes"
+
+
 def test_fp8_kv_cache() -> None:
     refused(ask(LLAMA, "T4", kv_cache_dtype="fp8"), Rule.KV_CACHE_DTYPE_NOT_SUPPORTED, "8.9")
     assert runs(ask(LLAMA, "H100", kv_cache_dtype="fp8")).kv_dtype_bytes == 1
