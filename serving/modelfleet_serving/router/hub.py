@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
-from modelfleet_serving.contract import DemandReport, ModelDemand, ModelRoute, TableUpdate, VariantRoute
+from modelfleet_serving.contract import DemandReport, ModelDemand, ModelRoute, TableUpdate
 from modelfleet_serving.router import metrics
 from modelfleet_serving.router.counters import Counters, RowAllocator
 from modelfleet_serving.router.observe import Snapshot, VariantStats, merge
+from modelfleet_serving.router.slices import Slices
 from modelfleet_serving.router.table import check_models, endpoint_key, model_keys
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Hub:
         self.loaded = asyncio.Event()
         self._router_id = router_id
         self._models: dict[str, ModelRoute] = {}
+        self._rows: dict[str, list[tuple[str, list[int]]]] = {}
         self._retired = Snapshot()
         self._last: dict[Link, Snapshot] = {}
         self._reported: dict[tuple[str, str], VariantStats] = {}
@@ -56,17 +57,19 @@ class Hub:
     async def apply(self, update: TableUpdate) -> None:
         """Gives every worker what an update changes. A model that can't be used stays as it was."""
         async with self._lock:
-            change = self._difference(update)
+            change = await self._difference(update)
             if change.models or change.removed or not self.loaded.is_set():
                 await asyncio.gather(*(link.change(change) for link in self.links))
             self.epoch, self.version = update.epoch, update.version
             self.loaded.set()
             self.rows.collect()
 
-    def _difference(self, update: TableUpdate) -> TableChange:
+    async def _difference(self, update: TableUpdate) -> TableChange:
+        slices = Slices()
         known = self._models
         models: list[ModelRoute] = []
         for model in update.models:
+            await slices.pause()
             if known.get(model.name) == model:
                 continue
             faults = check_models([model])
@@ -81,8 +84,11 @@ class Hub:
             removed = [name for name in update.removed if name in known]
         rows: dict[str, int] = {}
         for model in models:
+            await slices.pause()
             self._assign(model, rows)
         for name in removed:
+            await slices.pause()
+            self._rows.pop(name, None)
             for key in model_keys(known.pop(name)):
                 self.rows.release(key)
         return TableChange(models=models, removed=removed, rows=rows)
@@ -96,6 +102,10 @@ class Hub:
         for key in keys:
             rows[key] = self.rows.row(key)
         self._models[model.name] = model
+        self._rows[model.name] = [
+            (variant.name, [rows[endpoint_key(variant.name, model.name, ref)] for ref in variant.endpoints])
+            for variant in model.variants
+        ]
 
     def whole(self) -> TableChange:
         """The table for a worker that starts."""
@@ -140,11 +150,10 @@ class Hub:
     def in_flight(self) -> list[tuple[str, str, int]]:
         """Requests at engines, by model and variant."""
         total = self.counters.total
-        row = self.rows.row
         return [
-            (model.name, variant.name, sum(total(row(key)) for key in keys))
-            for model in self._models.values()
-            for variant, keys in _variant_keys(model)
+            (model, variant, sum(map(total, rows)))
+            for model, variants in self._rows.items()
+            for variant, rows in variants
         ]
 
     async def metrics(self) -> bytes:
@@ -172,13 +181,6 @@ class Hub:
             interval_seconds=interval,
             models=models,
         )
-
-
-def _variant_keys(model: ModelRoute) -> Sequence[tuple[VariantRoute, list[str]]]:
-    return [
-        (variant, [endpoint_key(variant.name, model.name, endpoint) for endpoint in variant.endpoints])
-        for variant in model.variants
-    ]
 
 
 def _demand(stats: VariantStats, before: VariantStats, in_flight: int) -> ModelDemand:

@@ -15,10 +15,11 @@ from modelfleet_serving.router.accesslog import AccessLog
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
 from modelfleet_serving.router.hub import TableChange
-from modelfleet_serving.router.observe import Snapshot
+from modelfleet_serving.router.observe import Snapshot, VariantStats
 from modelfleet_serving.router.probe import Prober
 from modelfleet_serving.router.server import ClientConnection
 from modelfleet_serving.router.settings import Settings
+from modelfleet_serving.router.slices import Slices
 from modelfleet_serving.router.table import EndpointRef, Table
 from modelfleet_serving.router.tenancy import Tenancy
 from modelfleet_serving.router.tracing import Tracing
@@ -34,8 +35,6 @@ _log = logging.getLogger(__name__)
 
 METRICS_TYPE: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 SWEEP_SECONDS = 0.1
-_SLICE: Final = 20
-"""Models taken over in one turn of the event loop."""
 
 
 class Worker:
@@ -104,12 +103,13 @@ class Worker:
         table = self.table
         self._rows = change.rows
         gone: list[EndpointRef] = []
-        for index, model in enumerate(change.models):
+        slices = Slices()
+        for model in change.models:
             gone += table.put(model)
-            if index % _SLICE == _SLICE - 1:
-                await asyncio.sleep(0)
+            await slices.pause()
         for name in change.removed:
             gone += table.remove(name)
+            await slices.pause()
         table.publish()
         for endpoint in gone:
             self.connector.drop(endpoint)
@@ -120,14 +120,19 @@ class Worker:
 
     async def snapshot(self) -> Snapshot:
         """What this worker has counted."""
-        queued = self.dispatcher.waiting.queued()
-        for model in self.table.models.values():
-            for stats in (model.stats, *(variant.stats for variant in model.variants.values())):
-                stats.queued = queued.get((model.name, stats.variant), 0)
         variants = [
             stats
             for model in self.table.models.values()
             for stats in (model.stats, *(variant.stats for variant in model.variants.values()))
+            if stats.requests or stats.statuses or stats.ejections
+        ]
+        queued = self.dispatcher.waiting.queued()
+        for stats in variants:
+            stats.queued = queued.pop((stats.model, stats.variant), 0)
+        # Nothing has ever reached the pinned variant that some wait for: it stands here for them alone.
+        variants += [
+            VariantStats(model=model, variant=variant, queued=number)
+            for (model, variant), number in queued.items()
         ]
         return Snapshot(
             variants=variants, refused=self.refused, connections=len(self.clients), active=len(self.active)

@@ -15,6 +15,7 @@ import msgspec
 from modelfleet_serving.contract import RouteTable, TableUpdate
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.hub import Hub
+from modelfleet_serving.router.observe import VariantStats
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.worker import Worker
 
@@ -286,6 +287,10 @@ class Harness:
         client = await self.client()
         client.send(data if data is not None else post(**fields))
         return await client.answer()
+
+    async def stats(self) -> VariantStats:
+        """Counters of the first variant that requests have reached."""
+        return next(stats for stats in (await self.hub.snapshot()).variants if stats.variant)
 
     async def stop(self) -> None:
         for client in self.clients:
