@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
-BENCHES := router operator lifecycle fleet
+BENCHES := router operator registry simulator
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
@@ -72,3 +72,9 @@ test-chart: venv ## The chart with the real Helm, the manifests and the images' 
 
 test-e2e: venv ## The whole path: simulated engines, then real vLLM.
 	$(PYTEST) tests/e2e
+
+bench-registry: venv ## Heartbeats, long polls and changes at 300 and 3,000 replicas.
+	ulimit -n 16384 && $(PY) -m tests.benchmarks.registry $(ARGS)
+
+bench-simulator: venv ## 2,000 streams in one simulated engine.
+	ulimit -n 16384 && $(PY) -m tests.benchmarks.simulator $(ARGS)
