@@ -52,6 +52,7 @@ bench-venv:
 bench: $(addprefix bench-,$(BENCHES)) ## All benchmarks; figures in build/bench/NAME.json.
 
 bench-router: bench-venv ## The router against vllm-router, sglang-router, HAProxy, LiteLLM (ARGS="--quick --rows ...").
+	-$(PY) -m modelfleet_serving.router_native
 	$(PY) -m tests.benchmarks.router $(ARGS)
 
 bench-operator: venv ## The operator with 1,000 ModelDeployments on a real API server (ARGS="--deployments 100").
