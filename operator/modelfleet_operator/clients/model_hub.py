@@ -33,6 +33,9 @@ from modelfleet_operator.planner.fields import BrokenConfigError
 log = logging.getLogger(__name__)
 
 _IMPORT: Final = threading.Lock()
+PVC_ROOT_VARIABLE: Final = "MODELFLEET_PVC_ROOT"
+PVC_ROOT: Final = "/mnt/models"
+"""Where pods mount claims, as the replicas look for them."""
 READ_TIMEOUT_SECONDS: Final = 60.0
 CACHE_VERSION: Final = 1
 """Of the cached files' layout; a change of what is read makes the old ones void."""
@@ -56,7 +59,7 @@ class ModelHub:
     cache_directory: Path = field(
         default_factory=lambda: platformdirs.user_cache_path("modelfleet") / "facts"
     )
-    claims_directory: Path = Path("/models")
+    claims_directory: Path = field(default_factory=lambda: Path(os.environ.get(PVC_ROOT_VARIABLE, PVC_ROOT)))
     token: str | None = field(default=None, repr=False)
     timeout_seconds: float = READ_TIMEOUT_SECONDS
 

@@ -35,7 +35,7 @@ class KVLayout:
         block_size: tokens of a block.
         page_bytes: bytes of a block of one layer.
         layers_per_group: layers of each group, padding included.
-        groups: the groups.
+        groups: kinds of groups, and how many there are of each.
         in_flight_tokens: tokens of the steps in flight, which a sliding window holds besides its own.
         kinds: what the groups were made of, with the layers of this rank.
         dtype_bytes: bytes of a cached value.
@@ -45,7 +45,7 @@ class KVLayout:
     block_size: int
     page_bytes: int
     layers_per_group: int
-    groups: tuple[Group, ...]
+    groups: tuple[tuple[Group, int], ...]
     in_flight_tokens: int
     kinds: tuple[tuple[AttentionLayers, int], ...] = ()
     dtype_bytes: float = 2.0
@@ -64,7 +64,7 @@ class KVLayout:
 
     def blocks_per_request(self, tokens: int) -> int:
         """Blocks of one request of so many tokens, over all groups."""
-        return sum(self._group_blocks(group, tokens) for group in self.groups)
+        return sum(self._group_blocks(group, tokens) * count for group, count in self.groups)
 
     def request_bytes(self, tokens: int) -> int:
         """Bytes of one request of so many tokens."""
@@ -89,8 +89,8 @@ class KVLayout:
         blocks = self.blocks(memory)
         if self.blocks_per_request(limit) <= blocks:
             return limit
-        if all(group.window is None and group.kind is not AttentionKind.LINEAR for group in self.groups):
-            return blocks // len(self.groups) * self.block_size
+        if all(group.window is None and group.kind is not AttentionKind.LINEAR for group, _ in self.groups):
+            return blocks // sum(count for _, count in self.groups) * self.block_size
         low, high = 0, limit
         while low < high:  # longest context whose blocks fit
             middle = (low + high + 1) // 2
@@ -151,7 +151,7 @@ def kv_layout(
     page = int(token_bytes * block_size) or max(a.state_bytes for a in linear) // tensor_parallel
     counts = tuple((a, ceil(a.layers / pipeline_parallel)) for a in kinds)
     size = _group_size([n for _, n in counts])
-    groups = tuple(Group(a.kind, a.window) for a, n in counts for _ in range(ceil(n / size)))
+    groups = tuple((Group(a.kind, a.window), ceil(n / size)) for a, n in counts)
     return KVLayout(
         block_size=block_size,
         page_bytes=page,

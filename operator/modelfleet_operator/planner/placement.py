@@ -7,6 +7,8 @@ from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Final
 
+import msgspec
+
 from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.planner.capacity import GroupCapacity
 from modelfleet_operator.planner.facts import AttentionKind, ModelFacts, ModelUnavailable
@@ -23,6 +25,8 @@ from modelfleet_operator.planner.types import (
 )
 from modelfleet_operator.planner.unseen import Sized, cost_of
 
+Sizes = dict[tuple[object, ...], Sized | Rejection]
+"""Sizes of one round of planning, by what decides about them."""
 SMALLEST_SHARE: Final = 0.05
 """Of an accelerator: the smallest step of a share."""
 
@@ -42,9 +46,23 @@ def plan_all(requests: Mapping[str, VariantRequest], pool: PoolView) -> dict[str
         pool: what there is, without the share of the variants asked about.
     """
     capacity = {group.accelerator: GroupCapacity.of(group) for group in pool.groups}
+    sizes: Sizes = {}
     order = sorted(requests, key=lambda key: requests[key].current is None)
-    results = {key: _Placement(requests[key], pool, capacity).run() for key in order}
+    results = {key: _Placement(requests[key], pool, capacity, sizes).run() for key in order}
     return {key: results[key] for key in requests}
+
+
+def _alike(request: VariantRequest) -> tuple[object, ...]:
+    """What decides about sizes; requests for one checkpoint share its facts: the object stands for them."""
+    return (
+        id(request.model),
+        request.quantization,
+        msgspec.json.encode(request.engine),
+        request.task,
+        request.adapters,
+        request.min_tokens,
+        request.measurements,
+    )
 
 
 def _ranked(found: list[Sized]) -> tuple[VariantPlan, ...]:
@@ -56,11 +74,15 @@ def _ranked(found: list[Sized]) -> tuple[VariantPlan, ...]:
 class _Placement:
     """Placing one variant."""
 
-    def __init__(self, request: VariantRequest, pool: PoolView, capacity: dict[str, GroupCapacity]) -> None:
+    def __init__(
+        self, request: VariantRequest, pool: PoolView, capacity: dict[str, GroupCapacity], sizes: Sizes
+    ) -> None:
         self.request = request
         self.groups: dict[str, AcceleratorGroup] = {group.accelerator: group for group in pool.groups}
         self.capacity = capacity
         self.rejections: list[Rejection] = []
+        self.sizes = sizes
+        self.alike = _alike(request)
         self.asked: set[tuple[str, int | None]] = set()
 
     def run(self) -> PlanResult:
@@ -137,11 +159,18 @@ class _Placement:
                 preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}"
             )
         else:
-            found = size_variant(self.request, preference, group)
+            found = self._size(preference, group)
         if isinstance(found, Sized):
             yield found
         elif not quietly:
             self.rejections.append(found)
+
+    def _size(self, preference: AcceleratorPreference, group: AcceleratorGroup) -> Sized | Rejection:
+        """The same variant on the same accelerator is sized once, however many deployments have it."""
+        key = (*self.alike, preference.type, preference.count)
+        if key not in self.sizes:
+            self.sizes[key] = size_variant(self.request, preference, group)
+        return self.sizes[key]
 
     def _place_whole_or_packed(self, preference: AcceleratorPreference, sized: Sized) -> VariantPlan | None:
         capacity = self.capacity[sized.plan.accelerator]

@@ -316,7 +316,12 @@ class _Sizing:
             kv_cache_gib=0.0 if foot.layout.empty else foot.kv_cache / GIB,
             kv_cache_tokens=foot.layout.tokens(foot.kv_cache, context),
             max_sequences=float(foot.batch.sequences) if isinf(concurrency) else concurrency,
-            largest_context=foot.layout.largest_context(foot.kv_cache, self.facts.max_context),
+            largest_context=max(
+                context
+                if self.request.engine.max_model_len is None
+                else foot.layout.largest_context(foot.kv_cache, self.facts.max_context),
+                context,
+            ),
             cost=cost_of(self.group, self.accelerator, total),
             engine=settings,
             resources=resources_of(self.group, self.accelerator, cpus, total),
