@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import openai
 import psutil
 
+from modelfleet_operator.clients.processes import die_with_parent
+
 T = TypeVar("T")
 STOP_SECONDS = 40.0
 
@@ -52,6 +54,7 @@ class Platform:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=die_with_parent,  # a killed test run leaves no platform behind
             )
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
