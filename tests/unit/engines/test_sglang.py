@@ -189,10 +189,10 @@ def test_paths_are_registered_in_the_sources() -> None:
 def test_reads_the_memory_of_a_boot() -> None:
     memory = SGLANG.read_boot(
         [
-            "[2026-11-24 10:00:00 TP0] Load weight end. elapsed=3.21 s, type=Qwen2ForCausalLM, avail mem=63.92 GB, mem usage=14.25 GB.",  # noqa: E501
-            "[2026-11-24 10:00:01 TP0] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 995328, K size: 26.57 GB, V size: 26.57 GB",  # noqa: E501
-            "[2026-11-24 10:00:02 TP0] draft KV Cache is allocated. dtype: torch.bfloat16, #tokens: 7, KV size: 1.00 GB",  # noqa: E501
-            "[2026-11-24 10:00:09] max_total_num_tokens=995328, chunked_prefill_size=8192, max_prefill_tokens=16384, max_running_requests=2048, context_len=32768, available_gpu_mem=8.94 GB",  # noqa: E501
+            "[2026-11-24 10:00:00 TP0] Load weight end. elapsed=3.21 s, type=Qwen2ForCausalLM, avail mem=63.92 GB, mem usage=14.25 GB.",
+            "[2026-11-24 10:00:01 TP0] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 995328, K size: 26.57 GB, V size: 26.57 GB",
+            "[2026-11-24 10:00:02 TP0] draft KV Cache is allocated. dtype: torch.bfloat16, #tokens: 7, KV size: 1.00 GB",
+            "[2026-11-24 10:00:09] max_total_num_tokens=995328, chunked_prefill_size=8192, max_prefill_tokens=16384, max_running_requests=2048, context_len=32768, available_gpu_mem=8.94 GB",
         ]
     )
     assert memory == EngineMemory(

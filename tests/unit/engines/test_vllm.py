@@ -296,9 +296,9 @@ def test_paths_are_registered_in_the_sources() -> None:
 def test_reads_the_memory_of_a_gpu_boot() -> None:
     memory = VLLM.read_boot(
         [
-            "(EngineCore pid=7) INFO 11-24 10:00:00 [gpu_model_runner.py:5089] Model loading took 14.27 GiB memory and 3.141593 seconds",  # noqa: E501
+            "(EngineCore pid=7) INFO 11-24 10:00:00 [gpu_model_runner.py:5089] Model loading took 14.27 GiB memory and 3.141593 seconds",
             "(EngineCore pid=7) INFO 11-24 10:00:09 [gpu_worker.py:773] Available KV cache memory: 53.9 GiB",
-            "(EngineCore pid=7) INFO 11-24 10:00:09 [kv_cache_utils.py:1148] GPU KV cache size: 1,009,216 tokens, Maximum concurrency for 32,768 tokens per request: 30.80x",  # noqa: E501
+            "(EngineCore pid=7) INFO 11-24 10:00:09 [kv_cache_utils.py:1148] GPU KV cache size: 1,009,216 tokens, Maximum concurrency for 32,768 tokens per request: 30.80x",
         ]
     )
     assert memory == EngineMemory(
@@ -309,9 +309,9 @@ def test_reads_the_memory_of_a_gpu_boot() -> None:
 def test_reads_the_memory_of_a_cpu_boot() -> None:
     memory = VLLM.read_boot(
         [
-            "(Worker pid=28) INFO 11-24 10:41:18 [weight_utils.py:1108] Filesystem type for checkpoints: EXT4. Checkpoint size: 0.25 GiB. Available RAM: 20.66 GiB.",  # noqa: E501
-            "(Worker pid=28) INFO 11-24 10:41:22 [cpu_worker.py:260] Explicitly set (0.5/16.71) GiB for KV cache on node 0.",  # noqa: E501
-            "(EngineCore pid=27) INFO 11-24 10:41:22 [kv_cache_utils.py:2327] CPU KV cache size: 23,296 tokens, Maximum concurrency for 1,024 tokens per request: 22.75x",  # noqa: E501
+            "(Worker pid=28) INFO 11-24 10:41:18 [weight_utils.py:1108] Filesystem type for checkpoints: EXT4. Checkpoint size: 0.25 GiB. Available RAM: 20.66 GiB.",
+            "(Worker pid=28) INFO 11-24 10:41:22 [cpu_worker.py:260] Explicitly set (0.5/16.71) GiB for KV cache on node 0.",
+            "(EngineCore pid=27) INFO 11-24 10:41:22 [kv_cache_utils.py:2327] CPU KV cache size: 23,296 tokens, Maximum concurrency for 1,024 tokens per request: 22.75x",
         ]
     )
     assert memory == EngineMemory(
