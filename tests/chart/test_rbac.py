@@ -159,6 +159,39 @@ def test_rights_are_exactly_those_needed(
     assert "Traceback" not in operator.text()
 
 
+def test_rights_in_named_namespaces_suffice_there(
+    kuberay_operator: ControlPlane, system: str, namespace: str, ray: RayThread, tmp_path: Path
+) -> None:
+    cluster, user = kuberay_operator, f"system:serviceaccount:{system}:modelfleet-operator"
+    remove_crds(cluster)
+    options = ["--set", f"operator.watchNamespaces={{{system},{namespace}}}", "--set", "pool.create=false"]
+    options += ["--set", "router.registry=http://registry:8267"]
+    cluster.helm("install", "modelfleet", str(CHART), "-n", system, *options)
+    try:
+        since = cluster.audit.position()
+        account = cluster.service_account_kubeconfig(system, "modelfleet-operator")
+        settings = environment(cluster, system)
+        assert settings["WATCH_NAMESPACES"] == f"{system},{namespace}"
+        cluster.apply(*pool(ray), namespace=system)
+        with OperatorProcess(account, tmp_path / "operator.log", system, **settings) as operator:
+            operator.wait_ready()
+            cluster.apply(deployment(1), namespace=namespace)
+
+            def ready() -> bool:
+                assert not operator.ended(), operator.text()[-4000:]
+                return condition(cluster.get("mdep", "m", namespace), "Ready") == "True"
+
+            wait_until(ready, timeout=40, what="the ModelDeployment ready")
+            cluster.kubectl("delete", "mdep", "m", "-n", namespace, "--timeout=30s")
+        assert [(e.verb, e.uri) for e in cluster.audit.denied(user, since)] == []
+        elsewhere = ("auth", "can-i", "get", "secrets", "-n", "kube-system", f"--as={user}")
+        with pytest.raises(CommandError):
+            cluster.kubectl(*elsewhere)
+    finally:
+        cluster.helm("uninstall", "modelfleet", "-n", system, "--wait", "--no-hooks")
+        remove_crds(cluster)
+
+
 def test_the_routers_account_can_do_nothing(installed: ControlPlane, system: str) -> None:
     pod = installed.get("deployment", "modelfleet-router", system)["spec"]["template"]["spec"]
     assert pod["automountServiceAccountToken"] is False
