@@ -40,7 +40,7 @@ RESYNC_SECONDS: Final = 30.0
 PROGRESS_SECONDS: Final = 1.0
 """How soon after a change Ray is asked: it has no events to wait for."""
 APPLICATIONS_PER_SECOND: Final = 200
-"""Ray's answer grows with its applications: a large pool is asked less often while something is on its way."""
+"""Ray's answer grows with its applications: a large pool is asked less often."""
 REGISTRY_WAIT_SECONDS: Final = 25.0
 REGISTRY_PAUSE_SECONDS: Final = 0.2
 """Least time between two looks at the registry: what changes in between is taken in at once."""
@@ -72,6 +72,7 @@ class PoolController:
         report: called with the ModelDeployments whose state changed in a step.
         serve_registry: arguments of the registry's own application, or ``None`` where somebody else runs it.
         on_gone: called with each ModelDeployment that was removed, once nothing of it is left.
+        cut_off: whether another operator may be at work without our knowing.
         on_change: called when what is known of Ray or the registry changed.
     """
 
@@ -84,6 +85,7 @@ class PoolController:
     serve_registry: Mapping[str, Any] | None = None
     on_gone: Callable[[str], None] = lambda _key: None
     on_change: Callable[[], None] = lambda: None
+    cut_off: Callable[[], bool] = lambda: False
     deployments: dict[str, ModelDeployment] = field(default_factory=dict)
     heartbeat: float = field(default_factory=time.monotonic)
     """Monotonic time of the loop's last turn: liveness."""
@@ -113,6 +115,8 @@ class PoolController:
     _keys_by_model: dict[str, str] = field(default_factory=dict)
     _keys_by_source: dict[str, set[str]] = field(default_factory=dict)
     _looked: float = float("-inf")
+    _written: set[str] = field(default_factory=set)
+    """Applications that Ray was last known to run by our doing."""
     _pause: float = PROGRESS_SECONDS
 
     def __post_init__(self) -> None:
@@ -329,6 +333,8 @@ class PoolController:
         self._looked, self.looked = time.monotonic(), True
         self._pause = min(self._pause * 1.5, RESYNC_SECONDS)
         changed = self.sight.see_applications(seen)
+        if first:
+            self._written = set(seen)
         if first or changed:
             self.on_change()
         return changed | set(self.deployments) if first else changed
@@ -401,15 +407,26 @@ class PoolController:
         # Others may have changed their applications meanwhile, and a PUT says all of them.
         self._mark(await self._look())
         difference = self._config.difference(self.sight, dirty | self._config.strays(self.sight))
-        if not difference:
+        if not difference or self._others_at_work():
             return
         log.info("pool %s: %d applications set, %d removed", self.pool.key, len(difference.set),
                  len(difference.removed))  # fmt: skip
         await self.ray.put(self._config.body(self.sight))
         APPLICATION_WRITES.inc()
+        self._written = set(self.sight.applications) | difference.set
         self._pause = PROGRESS_SECONDS
         self._looked = time.monotonic()
         self._unsettled |= {key for key in dirty if key in self.deployments}
+
+    def _others_at_work(self) -> bool:
+        """Whether another operator has written applications while the API server is out of our reach."""
+        if not self.cut_off():
+            return False
+        theirs = {n for key in self.sight.keys() for n in self.sight.applications_of(key)} - self._written
+        if theirs:
+            log.warning("pool %s: another operator is at work (%s): nothing is written", self.pool.key,
+                        ", ".join(sorted(theirs)[:3]))  # fmt: skip
+        return bool(theirs)
 
     async def _tell(self, keys: Iterable[str], lost: str = "") -> None:
         reports = []

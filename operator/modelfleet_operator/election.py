@@ -30,12 +30,12 @@ class LeadershipLostError(Exception):
     """Another process works now."""
 
 
-class _Lock(LeaseLock):
+class _Lock(LeaseLock):  # type: ignore[misc]  # published without types
     """The Lease; an API server that does not answer takes nobody's leadership away.
 
     Nobody can take the Lease over while the API server is away, and when it is back the first look tells who
-    has it. A leader that alone is cut off notices as soon as it is heard again; until then both may write, and
-    :class:`.Drift` in the controllers keeps the one that is cut off from undoing what the other does.
+    has it. A leader that alone is cut off notices as soon as it is heard again; until then it must take what it
+    did not write itself for another's work (``cut_off``).
     """
 
     def __init__(self, name: str, namespace: str, identity: str, api: ApiClient) -> None:
@@ -84,7 +84,7 @@ class _Lock(LeaseLock):
             return False
 
 
-class _Election(LeaderElection):
+class _Election(LeaderElection):  # type: ignore[misc]
     """Renews for as long as nobody else holds the Lease."""
 
     def __init__(self, config: Config, lock: _Lock) -> None:
@@ -120,6 +120,9 @@ async def lead(
         log.info("%s leads", settings.identity)
         try:
             await work(lambda: lock.cut_off)
+        except asyncio.CancelledError:
+            done.cancel()
+            raise
         except BaseException as error:
             if not done.done():
                 done.set_exception(error)

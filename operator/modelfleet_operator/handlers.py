@@ -20,15 +20,15 @@ def handlers() -> kopf.OperatorRegistry:
     """A registry of the operator's handlers; nothing is registered globally."""
     registry = kopf.OperatorRegistry()
 
-    @kopf.on.login(registry=registry)
+    @kopf.on.login(registry=registry)  # type: ignore[untyped-decorator]
     def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
-    @kopf.on.event(GROUP, VERSION, "servingpools", registry=registry)
+    @kopf.on.event(GROUP, VERSION, "servingpools", registry=registry)  # type: ignore[untyped-decorator]
     async def pool_changed(event: Any, memo: Fleet, **_: Any) -> None:
         memo.saw_pool(event["type"], event["object"])
 
-    @kopf.on.event(GROUP, VERSION, "modeldeployments", registry=registry)
+    @kopf.on.event(GROUP, VERSION, "modeldeployments", registry=registry)  # type: ignore[untyped-decorator]
     async def deployment_changed(event: Any, memo: Fleet, **_: Any) -> None:
         memo.saw_deployment(event["type"], event["object"])
 
@@ -43,7 +43,10 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
     settings.networking.request_timeout = 30
-    settings.queueing.worker_limit = 50
+    # A worker waits for more events of its object before it ends: a limit would let so many objects through
+    # in that time and no more.
+    settings.queueing.worker_limit = None
+    settings.queueing.idle_timeout = 1.0
     settings.queueing.exit_timeout = 1.0
     settings.posting.enabled = False  # events are our own: on transitions of conditions
     settings.scanning.disabled = True  # needs no permission to list CRDs and namespaces

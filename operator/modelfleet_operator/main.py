@@ -18,7 +18,7 @@ from modelfleet_operator.clients.errors import ClientError
 from modelfleet_operator.clients.kube import KubeClient, connect
 from modelfleet_operator.election import LeadershipLostError, lead
 from modelfleet_operator.events import EventWriter
-from modelfleet_operator.facts import FactsCache, Known
+from modelfleet_operator.facts import FactsCache, FactsSource, Known
 from modelfleet_operator.fleet import Fleet
 from modelfleet_operator.handlers import handlers, kopf_settings
 from modelfleet_operator.health import Health, serve
@@ -35,13 +35,18 @@ CONNECTIONS = 64
 
 
 class _HubOnDemand:
-    """The model hub, imported when the first checkpoint is read: its libraries are most of a process's memory."""
+    """The model hub, imported when the first checkpoint is read: its libraries take much memory."""
+
+    def __init__(self) -> None:
+        self._hub: FactsSource | None = None
 
     async def facts(self, source: str) -> Known:
         """Facts of a source, or why there are none."""
-        from modelfleet_operator.clients.model_hub import ModelHub  # noqa: PLC0415
+        if self._hub is None:
+            from modelfleet_operator.clients.model_hub import ModelHub  # noqa: PLC0415
 
-        return await ModelHub().facts(source)
+            self._hub = ModelHub()
+        return await self._hub.facts(source)
 
 
 class Operator:

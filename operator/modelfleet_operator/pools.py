@@ -128,6 +128,7 @@ class PoolRunner:
             else None,
             on_gone=self.on_gone,
             on_change=self._changed.set,
+            cut_off=self.tools.cut_off,
         )
         self._needs_token = managed or ray.auth_token is not None
         self._began = time.monotonic()

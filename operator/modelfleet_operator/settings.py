@@ -32,16 +32,19 @@ class Settings:
 
     Attributes:
         namespace: the operator's own; its pools serve all namespaces. ``MODELFLEET_NAMESPACE``.
-        watch_namespaces: namespaces to work in; empty means all. ``MODELFLEET_WATCH_NAMESPACES``, with commas.
+        watch_namespaces: namespaces to work in; empty means all. With commas:
+            ``MODELFLEET_WATCH_NAMESPACES``.
         listen: address of health checks and metrics. ``MODELFLEET_LISTEN``.
         leader_election: whether a second process may stand by. ``MODELFLEET_LEADER_ELECTION``.
         lease_name: name of the Lease. ``MODELFLEET_LEASE_NAME``.
-        lease_seconds: after so long without a sign of life the standby takes over. ``MODELFLEET_LEASE_SECONDS``.
+        lease_seconds: after so long without a sign of life the standby takes over.
+            ``MODELFLEET_LEASE_SECONDS``.
         identity: of this process in the Lease and in events. ``MODELFLEET_IDENTITY``.
         log_level: ``MODELFLEET_LOG_LEVEL``.
         let_go_seconds: a ModelDeployment that is being deleted is let go when its Ray cluster or registry has
             been away for so long. ``MODELFLEET_LET_GO_SECONDS``.
-        drain_margin_seconds: added to a ModelDeployment's own drain timeout. ``MODELFLEET_DRAIN_MARGIN_SECONDS``.
+        drain_margin_seconds: added to a ModelDeployment's own drain timeout.
+            ``MODELFLEET_DRAIN_MARGIN_SECONDS``.
         pending_seconds: a variant whose accelerator has not come after so long takes its next preference.
             ``MODELFLEET_PENDING_SECONDS``.
         resync_seconds: how often everything is listed anew. ``MODELFLEET_RESYNC_SECONDS``.

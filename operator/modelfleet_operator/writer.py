@@ -28,7 +28,7 @@ from modelfleet_operator.metrics import ERRORS, STATUS_QUEUE, STATUS_WRITES
 
 log = logging.getLogger(__name__)
 
-WORKERS: Final = 8
+WORKERS: Final = 16
 FIRST_RETRY_SECONDS: Final = 0.5
 LAST_RETRY_SECONDS: Final = 30.0
 
@@ -98,7 +98,7 @@ class ObjectWriter:
         return target.status if target else {}
 
     def set_status(self, address: Address, compose: Compose) -> None:
-        """Let a status stand there; it is put together when it is written, on top of what stands there then."""
+        """Let a status stand there; it is put together when it is written."""
         target = self._targets.get(address)
         if target is not None:
             target.compose = compose

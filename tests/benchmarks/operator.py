@@ -184,6 +184,7 @@ class Bench:
             return len(self.routed) >= wanted
 
         async def all_ready() -> bool:
+            await asyncio.sleep(2)  # a list of everything is work for the API server, too
             return await self._ready() >= wanted
 
         applications = await until("applications", in_ray)

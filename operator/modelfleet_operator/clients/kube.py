@@ -162,9 +162,9 @@ class KubeClient:
         found: list[Object] = []
         while True:
             page = await self.call("GET", kind.path(namespace), query=query)
-            for item in page["items"]:
-                # Items of a list lack what the list itself says.
-                found.append({"apiVersion": kind.api_version, "kind": kind.kind, **item})
+            # Items of a list lack what the list itself says.
+            head = {"apiVersion": kind.api_version, "kind": kind.kind}
+            found += [{**head, **item} for item in page["items"]]
             token = page["metadata"].get("continue")
             if not token:
                 return found

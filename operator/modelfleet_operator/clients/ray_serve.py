@@ -44,7 +44,7 @@ class _ServeDetails(msgspec.Struct):
 class RayServeClient(JsonClient):
     """Calls the dashboard of one Ray cluster.
 
-    What did not change since the last answer is not decoded again: a state that is the same object is the same.
+    What did not change since the last answer is not decoded again, and is the same object.
     """
 
     def __init__(
