@@ -10,10 +10,11 @@ import msgspec
 
 from modelfleet_serving.contract import DemandReport, ModelDemand, ModelRoute, TableUpdate
 from modelfleet_serving.router import metrics
+from modelfleet_serving.router.checks import check_models
 from modelfleet_serving.router.counters import Counters, RowAllocator
 from modelfleet_serving.router.observe import Snapshot, VariantStats, merge
 from modelfleet_serving.router.slices import Slices
-from modelfleet_serving.router.table import check_models, endpoint_key, model_keys
+from modelfleet_serving.router.table import endpoint_key, model_keys
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ import msgspec
 import yaml
 
 from modelfleet_serving.contract import DemandReport, RouteTable, TableUpdate
+from modelfleet_serving.router.checks import check_models
 from modelfleet_serving.router.hub import Hub
-from modelfleet_serving.router.table import TableError, check_models
+from modelfleet_serving.router.table import TableError
 
 _log = logging.getLogger(__name__)
 
