@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,10 @@ def test_the_life_of_a_release(empty: ControlPlane, system: str, older_chart: Pa
     notes = empty.helm("install", "modelfleet", str(older_chart), *scope, "--wait", "--timeout=90s")
     assert ("this cluster has no KubeRay" in notes) == (empty.find("crd", "rayclusters.ray.io") is None)
     assert f"kubectl -n {system} port-forward service/modelfleet-router" in notes
+    advice = textwrap.dedent(notes.partition("<<EOF\n")[2].partition("  EOF")[0])
+    assert "created" in empty.kubectl(
+        "create", "--dry-run=server", "--validate=strict", "-f", "-", input=advice
+    )
     # CRDs, the pool of the same release, and pods that the restricted standard lets in.
     assert columns(empty) == {"Ready"}
     pool = empty.get("servingpool", "default", system)
