@@ -1,7 +1,7 @@
 """`make demo-cluster`: the demo through kubectl, against a real Kubernetes control plane on this machine.
 
-What is real: API server, etcd, the operator as it runs in a cluster, Ray, the registry, the router, vLLM and a
-small model in two quantizations. What is missing is only the pods around them. With ``DEMO_ONCE=1`` it asks,
+What is real: API server, etcd, the operator as it runs in a cluster, Ray, the registry, the router, vLLM and
+a small model in two quantizations. What is missing is only the pods around them. With ``DEMO_ONCE=1`` it asks,
 deletes, and exits 0, or 1 when something is missing.
 """
 
@@ -93,7 +93,9 @@ async def demo(plane: ControlPlane, directory: Path) -> int:
             await asyncio.Event().wait()
         step(f"kubectl delete mdep {MODEL}")
         try:
-            print(plane.kubectl("delete", "mdep", MODEL, "-n", NAMESPACE, "--timeout=60s", timeout=90).rstrip())
+            print(
+                plane.kubectl("delete", "mdep", MODEL, "-n", NAMESPACE, "--timeout=60s", timeout=90).rstrip()
+            )
         except CommandError as error:
             print(error)
             return 1

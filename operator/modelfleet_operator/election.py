@@ -34,8 +34,8 @@ class _Lock(LeaseLock):  # type: ignore[misc]  # published without types
     """The Lease; an API server that does not answer takes nobody's leadership away.
 
     Nobody can take the Lease over while the API server is away, and when it is back the first look tells who
-    has it. A leader that alone is cut off notices as soon as it is heard again; until then it must take what it
-    did not write itself for another's work (``cut_off``).
+    has it. A leader that alone is cut off notices as soon as it is heard again; until then it must take what
+    it did not write itself for another's work (``cut_off``).
     """
 
     def __init__(self, name: str, namespace: str, identity: str, api: ApiClient) -> None:

@@ -100,6 +100,8 @@ def turned(before: Sequence[Condition], after: Sequence[Condition]) -> Iterator[
         was = old.get(condition.type)
         if condition.type in _QUIET or was == condition.status:
             continue
-        bad = condition.status == "False" and (was == "True" or condition.type in _VERDICTS)
-        if condition.status == "True" or bad:
+        verdict = condition.type in _VERDICTS
+        bad = condition.status == "False" and (was == "True" or verdict)
+        good = condition.status == "True" and (condition.type == "Ready" or (verdict and was == "False"))
+        if good or bad:
             yield condition

@@ -2,8 +2,8 @@
 
 Usage: python -m tests.benchmarks.operator [--deployments 1000] [--seconds 30] [--rate 10]
 
-Real: etcd, kube-apiserver, the operator's process, the registry's process. A stand-in answers for Ray Serve and
-sends the heartbeats of three thousand simulated replicas (Ray itself with so many applications is not the
+Real: etcd, kube-apiserver, the operator's process, the registry's process. A stand-in answers for Ray Serve
+and sends the heartbeats of three thousand simulated replicas (Ray itself with so many applications is not the
 operator's to measure, and would not fit on this machine). Latencies run from the API server's answer to the
 write until Ray's stand-in has the new configuration, or a router's long poll the new weights.
 """
@@ -58,7 +58,9 @@ def deployment(number: int, *, weight: int = 1, length: int = 4096) -> dict[str,
 class Bench:
     """One run."""
 
-    def __init__(self, options: argparse.Namespace, report: Report, directory: Path, plane: ControlPlane) -> None:
+    def __init__(
+        self, options: argparse.Namespace, report: Report, directory: Path, plane: ControlPlane
+    ) -> None:
         self.options, self.report, self.directory, self.plane = options, report, directory, plane
         self.routed: dict[str, tuple[float, int]] = {}
         """By model: when a router had which weight."""
@@ -114,9 +116,7 @@ class Bench:
         await self.kube.apply(
             SECRET, {"metadata": {"name": "t", "namespace": NAMESPACE}, "stringData": {"token": token}}
         )
-        groups = [
-            {"type": kind, "gpusPerNode": 8, "maxNodes": 1000} for kind in ("A10", "T4", "A100-80G")
-        ]
+        groups = [{"type": kind, "gpusPerNode": 8, "maxNodes": 1000} for kind in ("A10", "T4", "A100-80G")]
         ray = {"address": self.ray, "registry": self.registry, "authToken": {"name": "t", "key": "token"}}
         pool = {"metadata": {"name": "default", "namespace": NAMESPACE}}
         await self.kube.apply(SERVING_POOL, {**pool, "spec": {"ray": ray, "accelerators": groups}})
@@ -237,7 +237,9 @@ class Bench:
             self.report.rows.append((label, f"p50 / p99 of {len(values)}", f"{p50:.2f} / {p99:.2f} s"))
             self.report.checks.append(Check(f"{label} p99", p99, 2, at_most=True, unit="s"))
         self.report.put("change.cpu_percent", share)
-        self.report.rows.append(("", f"CPU while {self.options.rate:g} changes/s arrive", f"{share:.0f} % of a core"))
+        self.report.rows.append(
+            ("", f"CPU while {self.options.rate:g} changes/s arrive", f"{share:.0f} % of a core")
+        )
 
     async def _latencies(self, wrote: list[tuple[int, bool, float]]) -> tuple[list[float], list[float]]:
         deadline = time.time() + MARGIN
@@ -265,7 +267,7 @@ class Bench:
     async def _idle(self, operator: OperatorProcess) -> None:
         deadline = time.time() + 60
         while await self._ready() < self.options.deployments and time.time() < deadline:
-            await asyncio.sleep(1)
+            await asyncio.sleep(1)  # noqa: ASYNC110  another process has to get there
         await asyncio.sleep(15)  # rollouts end, the last resync of what moved is over
         process = psutil.Process(operator.pid)
         before, began = process.cpu_times(), time.monotonic()

@@ -12,6 +12,7 @@ import re
 import secrets
 import ssl
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class FaultProxy:
         self._port = control_plane.ports.take()
         self._faults: list[Fault] = []
         self._random = random.Random(seed)
+        self._clients: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._watches: set[asyncio.Transport] = set()  # HTTP/1.1: one request at a time on each
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
@@ -159,6 +161,9 @@ class FaultProxy:
         return runner, session
 
     async def _shut_down(self) -> None:
+        # A client that was killed does not say goodbye, and TLS would wait for it.
+        for transport in list(self._clients):
+            transport.abort()
         await self._runner.cleanup()
         await self._session.close()
 
@@ -169,6 +174,7 @@ class FaultProxy:
             return _refusal(fault)
         transport = request.transport
         assert transport is not None
+        self._clients.add(transport)
         try:
             return await self._forward(request, transport)
         except aiohttp.ClientError:

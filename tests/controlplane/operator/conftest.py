@@ -69,7 +69,12 @@ def ray(registry: RegistryProcess) -> Iterator[RayThread]:
 
 @pytest.fixture
 def world(
-    crds: Cluster, namespace: str, service_account: Path, registry: RegistryProcess, ray: RayThread, tmp_path: Path
+    crds: Cluster,
+    namespace: str,
+    service_account: Path,
+    registry: RegistryProcess,
+    ray: RayThread,
+    tmp_path: Path,
 ) -> World:
     """A namespace with a pool on the stand-in; the operator is not started yet."""
     world = World(crds, namespace, registry, ray, service_account, tmp_path)
@@ -83,5 +88,3 @@ def operator(world: World) -> Iterator[OperatorProcess]:
     with world.operator() as process:
         process.wait_ready()
         yield process
-
-

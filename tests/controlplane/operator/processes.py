@@ -31,7 +31,9 @@ class Process:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MODELFLEET_", "KUBERNETES_", "RAY_"))}
+        clean = {
+            k: v for k, v in os.environ.items() if not k.startswith(("MODELFLEET_", "KUBERNETES_", "RAY_"))
+        }
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 self._command,
@@ -39,7 +41,7 @@ class Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509  it only calls the kernel
                 env={**clean, **self._environment},
             )
 
@@ -94,7 +96,9 @@ class Process:
 class OperatorProcess(Process):
     """``python -m modelfleet_operator.main`` with a kubeconfig."""
 
-    def __init__(self, kubeconfig: Path, log: Path, namespace: str = "modelfleet-system", **settings: str) -> None:
+    def __init__(
+        self, kubeconfig: Path, log: Path, namespace: str = "modelfleet-system", **settings: str
+    ) -> None:
         self.port = free_port()
         environment = {
             "KUBECONFIG": str(kubeconfig),

@@ -1,7 +1,7 @@
 """A stand-in for a Ray cluster: Serve's REST API, and replicas that report to the real registry.
 
-What is real in the tests that use it: the API server, the operator's process and the registry's process. What is
-not: engines and Ray itself, which tests/ray and tests/e2e have. Applications "start" after a moment, their
+What is real in the tests that use it: the API server, the operator's process and the registry's process. What
+is not: engines and Ray itself, which tests/ray and tests/e2e have. Applications "start" after a moment, their
 replicas send heartbeats as a supervisor does, and what is left out of a PUT drains and goes.
 """
 
@@ -115,7 +115,9 @@ class RayStandIn:
             return refusal
         self.gets += 1
         if self._body is None:
-            self._body = msgspec.json.encode({"applications": {n: self._details(a) for n, a in self.apps.items()}})
+            self._body = msgspec.json.encode(
+                {"applications": {n: self._details(a) for n, a in self.apps.items()}}
+            )
         return web.Response(body=self._body, content_type="application/json")
 
     def _details(self, app: App) -> dict[str, Any]:
@@ -139,7 +141,9 @@ class RayStandIn:
             return refusal
         if self.nodes is None:
             return web.Response(status=404)
-        found = [{"node_id": str(i), "state": "ALIVE", "resources_total": r} for i, r in enumerate(self.nodes)]
+        found = [
+            {"node_id": str(i), "state": "ALIVE", "resources_total": r} for i, r in enumerate(self.nodes)
+        ]
         return web.json_response({"result": True, "data": {"result": {"result": found}}})
 
     async def _get_own(self, _: web.Request) -> web.Response:

@@ -38,7 +38,7 @@ class Wishes:
         found = self.world.cluster.find("mdep", name, self.world.namespace)
         if found is not None and "deletionTimestamp" in found["metadata"]:
             return  # the API takes no new one before the old one is gone
-        length, weight = self.wanted.get(name, (self.random.choice(LENGTHS), 1))
+        length, _ = self.wanted.get(name, (self.random.choice(LENGTHS), 1))
         if self.random.random() < 0.4:
             length = self.random.choice(LENGTHS)
         self.wanted[name] = (length, self.random.randint(1, 99))
@@ -77,10 +77,10 @@ def test_ends_where_it_should_whatever_happens(control_plane: ControlPlane, worl
 
 def trouble(rng: random.Random, kill: int, proxy: FaultProxy, control_plane: ControlPlane) -> None:
     """Some of what can go wrong between the operator and the API server."""
-    if kill % 10 == 3:
-        proxy.inject(Fault(409, frozenset({"PATCH", "POST"}), probability=0.3, times=30))
-        proxy.inject(Fault(429, probability=0.15, retry_after=1, times=30))
-    if kill % 10 == 7:
+    if kill % 5 == 1:
+        proxy.inject(Fault(409, frozenset({"PATCH", "POST"}), probability=0.6, times=30))
+        proxy.inject(Fault(429, probability=0.3, retry_after=1, times=30))
+    if kill % 5 == 4:
         proxy.clear()
     if rng.random() < 0.3:
         proxy.cut_watches()

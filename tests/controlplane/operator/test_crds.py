@@ -1,4 +1,5 @@
-"""The CRDs at the real API server: every rule with an accept and a reject, defaults, columns, documentation."""
+"""The CRDs at the real API server: every rule with an accept and a reject, defaults, columns, documentation.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +93,9 @@ def all_rules() -> dict[str, Rule]:
     while stack:
         kind = stack.pop()
         stack += kind.__subclasses__()
-        found |= {rule.message: rule for rule in kind.rules if kind.__module__.startswith("modelfleet_operator")}
+        found |= {
+            rule.message: rule for rule in kind.rules if kind.__module__.startswith("modelfleet_operator")
+        }
     return found
 
 

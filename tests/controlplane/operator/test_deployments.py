@@ -18,7 +18,10 @@ pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
 def test_serves_what_is_applied(world: World, operator: OperatorProcess) -> None:
     world.apply(deployment())
     world.wait_condition("Ready")
-    assert {n.rsplit(".", 1)[0] for n in world.ray.names()} == {f"{world.namespace}.m.a", f"{world.namespace}.m.b"}
+    assert {n.rsplit(".", 1)[0] for n in world.ray.names()} == {
+        f"{world.namespace}.m.a",
+        f"{world.namespace}.m.b",
+    }
     status = world.get()["status"]
     assert status["ready"] == "2/2"
     assert {v["accelerator"] for v in status["variants"]} == {"A10", "T4"}
@@ -35,7 +38,9 @@ def test_is_accepted_within_a_second_and_routed_within_two(world: World, operato
     world.wait_condition("Ready")
     began = time.monotonic()
     world.apply(deployment(routing={"weights": {"a": 1, "b": 9}}))
-    wait_until(lambda: world.route().weights == {"a": 1, "b": 9}, timeout=10, what="new weights", interval=0.02)
+    wait_until(
+        lambda: world.route().weights == {"a": 1, "b": 9}, timeout=10, what="new weights", interval=0.02
+    )
     routed = time.monotonic() - began
     # kubectl itself takes a third of a second for each call, which is counted here.
     assert accepted < 1.5

@@ -48,7 +48,7 @@ class TestOwnRegistry:
 def test_an_application_removed_by_hand_comes_back(world: World, operator: OperatorProcess) -> None:
     world.apply(deployment())
     world.wait_condition("Ready")
-    lost = sorted(world.ray.names())[0]
+    lost = min(world.ray.names())
     world.ray.remove(lost)
     wait_until(lambda: lost in world.ray.names(), timeout=45, what="the application again")
     assert world.ray.ray.started[lost] == 2
@@ -60,7 +60,9 @@ def test_ray_that_is_away_is_said_and_waited_for(world: World, operator: Operato
     running = world.ray.names()
     world.ray.ray.down = True
     world.apply(deployment(engine={"type": "Simulator", "maxModelLen": 512}))
-    world.wait_condition("ClusterReady", "False", "default", reason="RayUnreachable", resource="spool", timeout=20)
+    world.wait_condition(
+        "ClusterReady", "False", "default", reason="RayUnreachable", resource="spool", timeout=20
+    )
     world.wait_condition("Ready", "Unknown", reason="RayUnreachable", timeout=20)
     assert world.condition("Serving")[0] == "True"
     assert world.ray.names() == running

@@ -48,7 +48,9 @@ def test_makes_and_keeps_a_cluster(
     }  # fmt: skip
     hub = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"}, "stringData": {"HF_TOKEN": "x"}}
     plane.apply(claim, hub, POOL, namespace=namespace)
-    wait_until(lambda: plane.find("raycluster", "made", namespace) is not None, timeout=30, what="the RayCluster")
+    wait_until(
+        lambda: plane.find("raycluster", "made", namespace) is not None, timeout=30, what="the RayCluster"
+    )
 
     token = plane.get("secret", "made-ray-token", namespace)
     assert len(base64.b64decode(token["data"]["auth_token"])) >= 32
@@ -57,10 +59,7 @@ def test_makes_and_keeps_a_cluster(
     # KubeRay makes the pods of it, and the scheduler finds nodes for them.
     def placed() -> dict[str, str]:
         pods = plane.list("pods", namespace, "ray.io/cluster=made")
-        return {
-            p["metadata"]["labels"]["ray.io/group"]: p["spec"].get("nodeName", "")
-            for p in pods
-        }
+        return {p["metadata"]["labels"]["ray.io/group"]: p["spec"].get("nodeName", "") for p in pods}
 
     wait_until(lambda: {"headgroup", "a10-vllm"} <= placed().keys() and all(placed().values()), timeout=60,
                what="pods on nodes")  # fmt: skip
@@ -98,5 +97,7 @@ def test_makes_and_keeps_a_cluster(
 
     # The pool's end is the cluster's.
     plane.kubectl("delete", "spool", "made", "-n", namespace, "--timeout=20s")
-    wait_until(lambda: plane.find("raycluster", "made", namespace) is None, timeout=60, what="the cluster gone")
+    wait_until(
+        lambda: plane.find("raycluster", "made", namespace) is None, timeout=60, what="the cluster gone"
+    )
     assert generation < 10, "a cluster that is as it shall be is not written again"

@@ -17,7 +17,9 @@ def test_status_says_what_is_free_and_who_uses_it(world: World) -> None:
     world.ray.ray.nodes = [{"CPU": 8.0, "GPU": 4.0, "accelerator_type:A10": 1.0}, {"CPU": 2.0}]
     with world.operator() as operator:
         operator.wait_ready()
-        world.apply(deployment(variants=[{"name": "a", "accelerators": [{"type": "A10"}], "replicas": {"min": 3}}]))
+        world.apply(
+            deployment(variants=[{"name": "a", "accelerators": [{"type": "A10"}], "replicas": {"min": 3}}])
+        )
         world.wait_condition("Ready")
 
         def counted() -> bool:
@@ -51,7 +53,9 @@ def test_a_pool_in_use_is_not_deleted(world: World, operator: OperatorProcess) -
     assert world.condition("Serving")[0] == "True"
     world.cluster.kubectl("delete", "mdep", "m", "-n", world.namespace, "--timeout=20s")
     wait_until(
-        lambda: world.cluster.find("spool", "default", world.namespace) is None, timeout=15, what="the pool gone"
+        lambda: world.cluster.find("spool", "default", world.namespace) is None,
+        timeout=15,
+        what="the pool gone",
     )
 
 

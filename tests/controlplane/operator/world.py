@@ -100,7 +100,9 @@ class World:
             wait_until(holds, timeout=timeout, what=f"{kind}={status} {reason} of {name}", interval=0.05)
         except TimeoutError as error:
             logs = "\n".join(o.text()[-3000:] for o in self.operators)
-            state = json.dumps((self.cluster.find(resource, name, self.namespace) or {}).get("status"), indent=1)
+            state = json.dumps(
+                (self.cluster.find(resource, name, self.namespace) or {}).get("status"), indent=1
+            )
             raise TimeoutError(f"{error}\n{state}\n{logs}") from error
         return self.condition(kind, name, resource)[2]
 
@@ -124,5 +126,3 @@ class World:
     def events(self) -> list[tuple[str, str]]:
         found = json.loads(self.cluster.kubectl("get", "events", "-n", self.namespace, "-o", "json"))["items"]
         return [(e["involvedObject"]["name"], e["reason"]) for e in found]
-
-

@@ -16,8 +16,8 @@ from modelfleet_operator.planner.capacity import Demand, GroupCapacity
 from modelfleet_operator.planner.inputs import node_template, pool_view
 from modelfleet_operator.planner.types import AcceleratorGroup, NodeCapacity
 from modelfleet_operator.reconcile.claims import Claims
-from modelfleet_operator.reconcile.nodes import alive_by_group, free_column, observed_view
 from modelfleet_operator.reconcile.nodes import accelerator_rows as rows_of
+from modelfleet_operator.reconcile.nodes import alive_by_group, free_column, observed_view
 from modelfleet_operator.reconcile.observed import Observed, PoolSight
 from modelfleet_operator.reconcile.planning import PoolPlanner
 from modelfleet_operator.reconcile.ray_cluster import differs, engine_images, ray_cluster
@@ -41,7 +41,11 @@ def deployment(name: str = "m", created: str = "", **spec: Any) -> ModelDeployme
 def pool(*groups: dict[str, Any], **ray: Any) -> ServingPool:
     accelerators = list(groups) or [{"type": "A10", "gpusPerNode": 2, "maxNodes": 2}]
     spec = {"ray": ray or {"address": "http://r:8265"}, "accelerators": accelerators}
-    body = {"apiVersion": "modelfleet.io/v1alpha1", "kind": "ServingPool", "metadata": {"name": "p", "uid": "u"}}
+    body = {
+        "apiVersion": "modelfleet.io/v1alpha1",
+        "kind": "ServingPool",
+        "metadata": {"name": "p", "uid": "u"},
+    }
     found = parse_object({**body, "spec": spec})
     assert isinstance(found, ServingPool)
     return found
@@ -112,7 +116,10 @@ class TestPlanner:
     @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=25))
     def test_never_plans_more_than_there_is(self, steps: list[tuple[int, int]]) -> None:
         planner = PoolPlanner()
-        groups = ({"type": "A10", "gpusPerNode": 2, "maxNodes": 2}, {"type": "T4", "gpusPerNode": 1, "maxNodes": 1})
+        groups = (
+            {"type": "A10", "gpusPerNode": 2, "maxNodes": 2},
+            {"type": "T4", "gpusPerNode": 1, "maxNodes": 1},
+        )
         planner.set_view(pool_view(pool(*groups)), declared=True)
         for number, replicas in steps:
             name = f"m{number}"
@@ -120,7 +127,13 @@ class TestPlanner:
                 planner.forget(f"default/{name}")
                 planner.plan({}, {}, {})
                 continue
-            choice = [{"name": "a", "accelerators": [{"type": "A10"}, {"type": "T4"}], "replicas": {"min": replicas}}]
+            choice = [
+                {
+                    "name": "a",
+                    "accelerators": [{"type": "A10"}, {"type": "T4"}],
+                    "replicas": {"min": replicas},
+                }
+            ]
             wanted = deployment(name, variants=choice)
             planner.plan({wanted.key: wanted}, {}, {})
             held = planner.holdings()
@@ -214,7 +227,9 @@ class TestRayCluster:
         assert "{" not in container["image"]
         assert container["resources"]["limits"] == {"memory": "28Gi", "nvidia.com/gpu": "1"}
         assert container["envFrom"] == [{"secretRef": {"name": "hub"}}]
-        assert {"name": "models-0", "mountPath": "/mnt/models/models", "readOnly": True} in container["volumeMounts"]
+        assert {"name": "models-0", "mountPath": "/mnt/models/models", "readOnly": True} in container[
+            "volumeMounts"
+        ]
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         assert "nvidia.com/gpu" not in json.dumps(groups["cpu-vllm"])
@@ -280,6 +295,8 @@ def condition(kind: str, status: str) -> Condition:
         ("Accepted", "Unknown", "False", True),
         ("Fits", "True", "Unknown", False),
         ("Progressing", "False", "True", False),
+        ("Serving", "False", "True", False),
+        ("Accepted", "False", "True", True),
     ],
 )
 def test_events_tell_what_people_want_to_know(kind: str, before: str, after: str, told: bool) -> None:
@@ -290,12 +307,21 @@ def test_events_tell_what_people_want_to_know(kind: str, before: str, after: str
 class TestSettings:
     def test_of_the_environment(self) -> None:
         found = Settings.from_environment(
-            {"MODELFLEET_WATCH_NAMESPACES": "a, b", "MODELFLEET_LISTEN": "127.0.0.1:1", "MODELFLEET_LEADER_ELECTION": "no"}
+            {
+                "MODELFLEET_WATCH_NAMESPACES": "a, b",
+                "MODELFLEET_LISTEN": "127.0.0.1:1",
+                "MODELFLEET_LEADER_ELECTION": "no",
+            }
         )
-        assert (found.watch_namespaces, found.listen, found.leader_election) == (("a", "b"), ("127.0.0.1", 1), False)
+        assert (found.watch_namespaces, found.listen, found.leader_election) == (
+            ("a", "b"),
+            ("127.0.0.1", 1),
+            False,
+        )
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("LISTEN", "8080"), ("LEASE_SECONDS", "1"), ("RESYNC_SECONDS", "x"), ("LEADER_ELECTION", "?")]
+        ("name", "value"),
+        [("LISTEN", "8080"), ("LEASE_SECONDS", "1"), ("RESYNC_SECONDS", "x"), ("LEADER_ELECTION", "?")],
     )
     def test_names_the_variable_that_is_wrong(self, name: str, value: str) -> None:
         with pytest.raises(SettingsError, match=f"MODELFLEET_{name}"):
