@@ -251,6 +251,9 @@ class VLLM(EngineAdapter):
         if launch.platform is Platform.CPU:
             # Binding threads to cores lets engines on one machine fight for the same cores.
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            # As many threads as cores were reserved: two engines with a thread per core each spin at their
+            # barriers against one another.
+            env["OMP_NUM_THREADS"] = str(max(1, int(args.resources.num_cpus)))
         if launch.visible_devices:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.visible_devices)
         if _lora(args, launch) is not None:
