@@ -1,8 +1,8 @@
 """`make demo-cluster`: the demo through kubectl, against a real Kubernetes control plane on this machine.
 
 What is real: API server, etcd, the operator as it runs in a cluster, Ray, the registry, the router, vLLM and
-a small model in two quantizations. What is missing is only the pods around them. With ``DEMO_ONCE=1`` it asks,
-deletes, and exits 0, or 1 when something is missing.
+a small model in two quantizations. What is missing is only the pods around them. With ``DEMO_ONCE=1`` it
+asks, deletes, and exits 0, or 1 when something is missing.
 """
 
 from __future__ import annotations

@@ -422,7 +422,8 @@ class PoolController:
         """Whether another operator has written applications while the API server is out of our reach."""
         if not self.cut_off():
             return False
-        theirs = {n for key in iter(self.sight.keys()) for n in self.sight.applications_of(key)} - self._written
+        seen = {name for key in iter(self.sight.keys()) for name in self.sight.applications_of(key)}
+        theirs = seen - self._written
         if theirs:
             log.warning("pool %s: another operator is at work (%s): nothing is written", self.pool.key,
                         ", ".join(sorted(theirs)[:3]))  # fmt: skip

@@ -266,8 +266,8 @@ class Bench:
 
     async def _idle(self, operator: OperatorProcess) -> None:
         deadline = time.time() + 60
-        while await self._ready() < self.options.deployments and time.time() < deadline:
-            await asyncio.sleep(1)  # noqa: ASYNC110  another process has to get there
+        while await self._ready() < self.options.deployments and time.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(1)
         await asyncio.sleep(15)  # rollouts end, the last resync of what moved is over
         process = psutil.Process(operator.pid)
         before, began = process.cpu_times(), time.monotonic()

@@ -64,8 +64,12 @@ def test_ends_where_it_should_whatever_happens(control_plane: ControlPlane, worl
             wishes.act()
             if rng.random() < 0.5:
                 wishes.act()
-            # At a random point: while it starts, lists, plans, writes, or waits.
-            time.sleep(rng.uniform(0.0, 2.2))
+            # At a random point: while it starts and lists, or while it plans, writes and waits.
+            if rng.random() < 0.6:
+                operator.wait_ready(timeout=40)
+                time.sleep(rng.uniform(0.0, 1.5))
+            else:
+                time.sleep(rng.uniform(0.0, 1.5))
             operator.kill()
             operator.start()
         proxy.clear()
