@@ -229,7 +229,7 @@ class LocalPlatform:
             line = f"{deployment.model_name}:{row.name}  {row.reason}"
             if row.accelerator:
                 line += f"  on {row.accelerator}, {row.ready_replicas}/{row.replicas} ready"
-            if row.message and row.reason != "Pending":
+            if row.message and row.reason not in ("Pending", "ReadingModel", "Unknown"):
                 line += f"\n    {row.message}"
             if self._shown.get(key) != line:
                 self._shown[key] = line

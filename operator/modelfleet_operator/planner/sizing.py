@@ -68,8 +68,7 @@ def size_variant(
         return Rejection(known.name, Rule.ENGINE_NOT_SUPPORTED, f"{request.engine.type} is no known engine")
     facts = request.model
     if facts is None:
-        text = "the checkpoint has not been read yet"
-        return Rejection(known.name, Rule.MODEL_UNAVAILABLE, text, retryable=True)
+        return Rejection(known.name, Rule.READING_MODEL, "the checkpoint is being read", retryable=True)
     if isinstance(facts, ModelUnavailable):
         if facts.unseen:
             return unseen(request, facts, preference, group, known)

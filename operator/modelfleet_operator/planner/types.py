@@ -18,6 +18,7 @@ class Rule(enum.StrEnum):
 
     # The model
     MODEL_UNAVAILABLE = "ModelUnavailable"
+    READING_MODEL = "ReadingModel"
     ARCHITECTURE_UNKNOWN = "ArchitectureUnknown"
     ARCHITECTURE_NOT_SUPPORTED = "ArchitectureNotSupported"
     TASK_NOT_SUPPORTED = "TaskNotSupported"
