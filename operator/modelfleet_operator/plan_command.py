@@ -76,6 +76,15 @@ async def run_plan(options: PlanOptions, hub: ModelHub | None = None) -> int:
     except InvalidResourcesError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_INVALID
+    reasons = {row.result.message for row in rows}
+    if (
+        options.model is not None
+        and options.output == "table"
+        and len(reasons) == 1
+        and not rows[0].result.fits
+    ):
+        sys.stderr.write(f"{reasons.pop()}\n")  # one reason for all accelerators is said once
+        return EXIT_DOES_NOT_FIT
     render(rows, options.output, explain=options.explain, against=against)
     if options.model is not None:
         return EXIT_FITS if any(row.result.fits for row in rows) else EXIT_DOES_NOT_FIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from modelfleet_operator.planner import Measurement, PlanResult, Rejection, VariantPlan
 
+PIPED: Final = 200
 WIDE: Final = 132
 """Columns of a terminal from which on the reasons stand in the table; below they follow it."""
 
@@ -51,7 +53,10 @@ def render(rows: Sequence[Row], output: str, *, explain: bool, against: str) -> 
         against: the pool that was planned with, for people.
     """
     if output == "table":
-        console = Console(highlight=False)
+        # A pipe has no width: what reads it gets whole lines.
+        console = Console(
+            highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED
+        )
         wide = console.width >= WIDE
         console.print(_table(rows, against, wide=wide))
         for part in _details(rows, explain=explain, reasons=not wide):
