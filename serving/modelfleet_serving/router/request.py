@@ -74,6 +74,7 @@ class Request:
         special: values of the headers the router knows, by lower-case name.
         length: of the body as announced, -1 when it comes in chunks.
         body: the whole body, once it is complete.
+        held: bytes of it that count against the worker's limit.
     """
 
     method = b""
@@ -89,6 +90,7 @@ class Request:
     upgrades = False
     complete = False
     size = 0
+    held = 0
     body = b""
     tenant: Tenant | None = None
     refusal: RequestError | None = None

@@ -38,6 +38,7 @@ class ClientConnection:
     __slots__ = (
         "_closing",
         "_discarded",
+        "_held",
         "_parser",
         "_pending",
         "_reading_paused",
@@ -65,7 +66,7 @@ class ClientConnection:
         self._request: Request | None = None
         self._pending: deque[Request | RequestError] = deque()
         self._closing = False
-        self._discarded = 0
+        self._discarded = self._held = 0
         self._reading_paused = False
         self._synthetic = False
 
@@ -90,6 +91,7 @@ class ClientConnection:
         self.worker.clients.discard(self)
         self._pending.clear()
         self._forget_body()
+        self._let_go(self._held)
         exchange = self.exchange
         if exchange is not None:
             self.exchange = None
@@ -188,7 +190,7 @@ class ClientConnection:
         if request.refusal is not None and (request.length > _SMALL_BODY or request.chunked):
             raise request.refusal
         if self.worker.buffered + request.length > settings.max_buffered_bytes:
-            raise RequestError(503, "too many request bodies in memory", code="overloaded", retry_after=1.0)
+            raise _overloaded()
         if request.expects_continue and not request.http10 and self.exchange is None:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = request.received_at + settings.body_timeout
@@ -200,6 +202,12 @@ class ClientConnection:
         request.size += len(data)
         if request.size > self.worker.settings.max_body_bytes:
             raise self._too_large()
+        # What has come counts, not what was announced: that would let a few idle clients use up the limit.
+        request.held += len(data)
+        self._held += len(data)
+        self.worker.buffered += len(data)
+        if self.worker.buffered > self.worker.settings.max_buffered_bytes:
+            raise _overloaded()
         request.parts.append(data)
 
     def on_message_complete(self) -> None:
@@ -260,7 +268,14 @@ class ClientConnection:
         self._forget_body()
         self._pending.append(cause)
 
+    def _let_go(self, size: int) -> None:
+        """Bytes of request bodies that are no longer in memory."""
+        self._held -= size
+        self.worker.buffered -= size
+
     def _forget_body(self) -> None:
+        if self._request is not None:
+            self._let_go(self._request.held)
         self._request = None
 
     def _watch_progress(self, size: int) -> None:
@@ -291,6 +306,8 @@ class ClientConnection:
 
     def exchange_done(self, *, keep_alive: bool) -> None:
         """The answer of the current request is written."""
+        if self.exchange is not None:
+            self._let_go(self.exchange.request.held)
         self.exchange = None
         if not keep_alive or self._closing:
             self.close_gracefully()
@@ -380,6 +397,10 @@ class ClientConnection:
         self._forget_body()
         self._closing = True
         self.respond_error(RequestError(408, message, code="request_timeout"), keep_alive=False)
+
+
+def _overloaded() -> RequestError:
+    return RequestError(503, "too many request bodies in memory", code="overloaded", retry_after=1.0)
 
 
 def format_peer(address: object) -> str:

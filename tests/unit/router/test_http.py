@@ -191,6 +191,30 @@ async def test_limits(router: Harness) -> None:
         assert answer.status == 431
 
 
+async def test_request_bodies_share_a_limit_and_give_it_back() -> None:
+    async with harness(max_buffered_bytes=2000) as router:
+        await _ready(router)
+        worker = router.worker
+        leaving, slow = await router.client(), await router.client()
+        for client in (leaving, slow):
+            client.send(HOST + b"content-length: %d\r\n\r\n" % 950 + b" " * 900)
+        await until(lambda: worker.buffered == 1800)
+        assert (await router.ask(post())).status == 200
+        for request in (post(body=b"x" * 300), _chunked(b"x" * 150, b"x" * 150)):
+            answer = await router.ask(request)
+            assert answer.status == 503
+            assert answer.error["code"] == "overloaded"
+            assert "retry-after" in answer.headers
+        await leaving.close()
+        await until(lambda: worker.buffered == 900)
+        slow.send(BODY.rjust(50))
+        assert (await slow.answer()).status == 200
+        await until(lambda: worker.buffered == 0)
+        slow.send(post() * 2)
+        assert [(await slow.answer()).status for _ in range(2)] == [200, 200]
+        await until(lambda: worker.buffered == 0)
+
+
 async def test_slow_clients_are_let_go() -> None:
     async with harness(header_timeout=0.2, body_timeout=0.2, keepalive_timeout=0.2) as router:
         await _ready(router)
