@@ -31,6 +31,7 @@ MODULES: Final = (
     "counters",
     "dispatch",
     "exchange",
+    "failover",
     "health",
     "relay",
     "reply",

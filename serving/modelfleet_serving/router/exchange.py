@@ -1,14 +1,13 @@
-"""One request's life: find its model, choose an engine, send, try another one, account for it."""
+"""One request's life: find its model, choose an engine, send, pass the answer on, account for it."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from modelfleet_serving.router import builtin
+from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
-from modelfleet_serving.router.api import OPERATIONS, Kind, Operation
-from modelfleet_serving.router.continuation import NotContinuableError, continue_stream
+from modelfleet_serving.router.api import OPERATIONS, Operation
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
 from modelfleet_serving.router.reply import Reply
@@ -35,6 +34,7 @@ class Exchange:
     Attributes:
         target: what its model name stands for; set once it is ``routed``.
         order: the variants that may serve it, the chosen one first.
+        fresh_retry: the engine closed an idle connection under it, and a new one is tried.
         fallback_from: the chosen variant, where another one serves it.
         endpoint: the engine it is counted on.
         tried: engines that failed it.
@@ -45,7 +45,6 @@ class Exchange:
     """
 
     __slots__ = (
-        "_fresh_retry",
         "_next_comment",
         "attempts",
         "body",
@@ -55,6 +54,7 @@ class Exchange:
         "expires",
         "fallback_from",
         "finished",
+        "fresh_retry",
         "keep_alive_seconds",
         "lease",
         "operation",
@@ -93,7 +93,7 @@ class Exchange:
         self.request_id = request.special.get(b"x-request-id") or self.worker.next_request_id()
         self.started = request.received_at
         self.routed = self.finished = self.tunnel = self.prompt_read = self.strip_usage = False
-        self._fresh_retry = False
+        self.fresh_retry = False
         self.body = request.body
         self.order: tuple[VariantRef, ...] = ()
         self.tried: list[EndpointRef] = []
@@ -182,7 +182,7 @@ class Exchange:
     def on_connect_failed(self, endpoint: EndpointRef, reason: str) -> None:
         """The engine can't be reached."""
         if self.endpoint is endpoint and self.upstream is None and not self.finished:
-            self._attempt_failed(reason, Failure.CONNECT, 503)
+            failover.attempt_failed(self, reason, Failure.CONNECT, 503)
 
     def _send(self, connection: UpstreamConnection) -> None:
         worker = self.worker
@@ -229,12 +229,12 @@ class Exchange:
         endpoint = connection.endpoint
         if self.began and (head.status != 200 or not head.events):
             worker.dispatcher.failed(endpoint, Failure.STATUS)
-            self._detach(connection)
-            self._go_on(f"answered {head.status}")
+            self.detach(connection)
+            failover.go_on(self, f"answered {head.status}")
             return
         if head.status in _RETRIED_STATUSES:
             worker.dispatcher.failed(endpoint, Failure.STATUS)
-            if self._try_elsewhere(connection, head.status):
+            if failover.try_elsewhere(self, connection, head.status):
                 return
         else:
             worker.dispatcher.succeeded(endpoint, worker.loop.time())
@@ -257,25 +257,13 @@ class Exchange:
             else:
                 connection.exchange = None
                 connection.transport.abort()
-        self._finish()
+        self.finish()
 
     def client_stays(self) -> bool:
         """The client's connection may carry another request."""
         return self.request.keep_alive and not self.worker.draining
 
     # --- Failures ---
-
-    def _try_elsewhere(self, connection: UpstreamConnection, status: int) -> bool:
-        """Gives an engine's 5xx to nobody while another engine may do better."""
-        if self.request.upgrades:
-            return False
-        other = self.worker.dispatcher.alternative(self)
-        if other is None:
-            return False
-        self.worker.log_failure(connection.endpoint, f"answered {status}")
-        self._detach(connection)
-        self._move(other)
-        return True
 
     def on_upstream_closed(self, connection: UpstreamConnection, reason: str) -> None:
         """The engine's connection is gone."""
@@ -293,121 +281,24 @@ class Exchange:
             self.client.transport.close()
             self._account()
             return
-        self._lost(connection, reason)
+        failover.lost(self, connection, reason)
 
     def on_upstream_lost(self, reason: str) -> None:
         """The engine answers what can't be passed on."""
         if self.upstream is not None:
-            self._lost(self.upstream, reason, broken=True)
+            failover.lost(self, self.upstream, reason, broken=True)
 
-    def _lost(self, connection: UpstreamConnection, reason: str, *, broken: bool = False) -> None:
-        if self.began:
-            self.worker.dispatcher.failed(connection.endpoint, Failure.BROKEN)
-            self._detach(connection)
-            self._go_on(reason)
-            return
-        self._detach(connection)
-        if connection.reused and not self._fresh_retry and not broken:
-            # It closed an idle connection just as the request was sent: no fault of the engine.
-            self._fresh_retry = True
-            self.worker.connector.open(connection.endpoint, self)
-        else:
-            self._attempt_failed(reason, Failure.BROKEN)
-
-    def _detach(self, connection: UpstreamConnection) -> None:
+    def detach(self, connection: UpstreamConnection) -> None:
+        """Gives up an engine's connection, and the engine's work with it."""
         connection.exchange = None
         self.upstream = None
         connection.transport.abort()
-
-    def _engine_error(self, status: int, reason: str) -> RequestError:
-        endpoint = self.endpoint
-        name = endpoint.id if endpoint is not None else "?"
-        message = f"the engine {name!r} of {self.target.name!r} {reason}"
-        if self.attempts > 1:
-            message += f"; {self.attempts} engines were tried"
-        return RequestError(status, message, code="engine_failed", retry_after=1.0)
-
-    def _attempt_failed(self, reason: str, failure: Failure, status: int = 502) -> None:
-        """Tries another engine, or gives up with an error that names the reason."""
-        endpoint = self.endpoint
-        assert endpoint is not None  # noqa: S101 - it is being tried
-        endpoint.variant.stats.failures += 1
-        self.worker.log_failure(endpoint, reason)
-        dispatcher = self.worker.dispatcher
-        dispatcher.failed(endpoint, failure)
-        if self.began:
-            self._go_on(reason)
-            return
-        other = dispatcher.alternative(self)
-        if other is not None:
-            self._move(other)
-        else:
-            self.fail(self._engine_error(status, reason))
-
-    def _move(self, other: EndpointRef) -> None:
-        """Tries the next engine."""
-        other.variant.stats.retries += 1
-        self._fresh_retry = False
-        self._release()
-        self.worker.dispatcher.assign(self, other)
-
-    def _go_on(self, reason: str) -> None:
-        """Lets another engine of the variant go on with a stream, or ends it with an error."""
-        endpoint, reply = self.endpoint, self.reply
-        assert endpoint is not None  # noqa: S101 - it has begun to answer
-        assert reply is not None  # noqa: S101
-        recorder = reply.recorder
-        failed = self._engine_error(502, reason)
-        if recorder is None:
-            self.cut_off(None, failed)
-            return
-        self.order = (endpoint.variant,)
-        other = self.worker.dispatcher.alternative(self)
-        try:
-            going_on = continue_stream(
-                self.operation.kind is Kind.CHAT,
-                self.request.body,
-                recorder.read(),
-                source=endpoint.id,
-                target=other.id if other is not None else "",
-            )
-        except NotContinuableError as error:
-            failed.message += f"; {error}"
-            self.cut_off(None, failed)
-            return
-        self.worker.log_failure(endpoint, reason)
-        if going_on.body is None:
-            reply.close_stream(going_on.closing)
-        elif other is None:
-            self.cut_off(None, failed)
-        else:
-            endpoint.variant.stats.failures += 1
-            reply.splice = going_on.splice
-            self.body = going_on.body
-            self._move(other)
-
-    def cut_off(self, connection: UpstreamConnection | None, error: RequestError) -> None:
-        """Ends an answer that has begun and can't be finished."""
-        reply = self.reply
-        assert reply is not None  # noqa: S101 - it has begun
-        if connection is not None:
-            self._detach(connection)
-        endpoint = self.endpoint
-        if endpoint is not None:
-            endpoint.variant.stats.failures += 1
-            self.worker.log_failure(endpoint, error.message)
-        goes_on = reply.end_with_error(error)
-        reply.status = error.status
-        if not goes_on:
-            self.request.keep_alive = False
-            self.client.transport.close()
-        self._finish()
 
     def fail(self, error: RequestError) -> None:
         """Answers with an error of the router's own."""
         reply = self.reply
         if reply is not None and (reply.opened or reply.first_byte is not None):
-            self.cut_off(self.upstream, error)
+            failover.cut_off(self, self.upstream, error)
             return
         operation = OPERATIONS.get(self.request.path)
         headers = b"content-type: application/json\r\n" + error.extra_headers()
@@ -428,34 +319,9 @@ class Exchange:
             headers += b"connection: keep-alive\r\n"
         request.keep_alive = keep_alive
         self.client.respond(status, headers, body, keep_alive=keep_alive, head_only=request.method == b"HEAD")
-        self._finish()
+        self.finish()
 
     # --- Time ---
-
-    def on_timeout(self, now: float) -> None:
-        """The current wait is over."""
-        if self.expires <= now:
-            error = RequestError(504, "the request's own deadline is over", code="deadline_exceeded")
-            self._stop(error)
-        elif self.began:
-            if self.upstream is not None:
-                self._detach(self.upstream)
-            self._go_on(f"sent nothing for {self.worker.settings.idle_timeout:g} s")
-        elif self.endpoint is not None:
-            if self.upstream is not None:
-                self._detach(self.upstream)
-            limit = self.worker.settings.first_byte_timeout
-            self._attempt_failed(f"sent no answer within {limit:g} s", Failure.TIMEOUT, 504)
-
-    def _stop(self, error: RequestError) -> None:
-        if self.ticket is not None:
-            self.worker.dispatcher.waiting.forget(self)
-        if self.began:
-            self.cut_off(self.upstream, error)
-            return
-        if self.upstream is not None:
-            self._detach(self.upstream)
-        self.fail(error)
 
     def idle_since(self) -> float:
         """Loop time of the last byte of an answer that has begun and isn't held up by its client."""
@@ -520,7 +386,7 @@ class Exchange:
         if self.finished:
             return
         if self.upstream is not None:
-            self._detach(self.upstream)
+            self.detach(self.upstream)
         elif self.ticket is not None:
             self.worker.dispatcher.waiting.forget(self)
         if self.reply is None:
@@ -528,14 +394,15 @@ class Exchange:
         self.reply.status = self.reply.status if self.tunnel else 499
         self._account()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Takes the request off its engine's count."""
         endpoint = self.endpoint
         if endpoint is not None:
             self.endpoint = None
             self.worker.dispatcher.released(self, endpoint)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Accounts for the request and lets its client's connection go on."""
         self._account()
         client = self.client
         if client.exchange is self:
@@ -548,7 +415,7 @@ class Exchange:
         worker = self.worker
         worker.active.discard(self)
         worker.count(self)
-        self._release()
+        self.release()
 
 
 def _seconds(request: Request, name: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from modelfleet_serving.contract import HEADER_FALLBACK
+from modelfleet_serving.router import failover
 from modelfleet_serving.router.api import Kind
 from modelfleet_serving.router.continuation import Recorder, Splice, strip_usage
 from modelfleet_serving.router.errors import RequestError
@@ -146,7 +147,8 @@ class Reply:
     def _begin_opened(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         if head.status != 200 or not head.events:
             message = f"the engine answered {head.status} after the stream was opened"
-            self.exchange.cut_off(connection, RequestError(502, message, code="engine_failed"))
+            error = RequestError(502, message, code="engine_failed")
+            failover.cut_off(self.exchange, connection, error)
             return
         self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
         self._record(chunked=True)

@@ -11,6 +11,7 @@ import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final, cast
 
+from modelfleet_serving.router import failover
 from modelfleet_serving.router.accesslog import AccessLog
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
@@ -62,7 +63,7 @@ class Worker:
             idle_timeout=settings.pool_idle_timeout,
         )
         self.tenancy = Tenancy(settings.tenants, counters, loop)
-        self.buffered = 0
+        self.buffered = 0  # bytes of request bodies in memory
         self.dispatcher = Dispatcher(self)
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
@@ -146,7 +147,7 @@ class Worker:
         idle_limit = now - self.settings.idle_timeout
         for exchange in tuple(self.active):
             if exchange.deadline <= now or exchange.idle_since() < idle_limit:
-                exchange.on_timeout(now)
+                failover.time_out(exchange, now)
         if self._sweeps % 10 == 0:
             self.date_line = f"date: {formatdate(time.time(), usegmt=True)}\r\n".encode()
             self.connector.sweep(now)
