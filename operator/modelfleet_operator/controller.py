@@ -15,21 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from modelfleet_operator.api import ModelDeployment, ServingPool
+from modelfleet_operator.application_writer import ApplicationWriter
+from modelfleet_operator.background_planner import BackgroundPlanner
 from modelfleet_operator.clients.errors import ClientError, RefusedError, UnavailableError
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
 from modelfleet_operator.facts import FactsCache
-from modelfleet_operator.metrics import APPLICATION_WRITES, ERRORS, QUEUE, RECONCILES, STEP_SECONDS
+from modelfleet_operator.metrics import ERRORS, QUEUE, RECONCILES, STEP_SECONDS
 from modelfleet_operator.planner import PoolView
 from modelfleet_operator.planner.inputs import pool_view
 from modelfleet_operator.reconcile.applications import registry_application
 from modelfleet_operator.reconcile.calm import CalmTracker, needs
-from modelfleet_operator.reconcile.conditions import Finding
 from modelfleet_operator.reconcile.core import Decision, reconcile
 from modelfleet_operator.reconcile.fleet_config import FleetConfig
 from modelfleet_operator.reconcile.observed import Observed, PoolSight
-from modelfleet_operator.reconcile.planning import Facts, PoolPlanner
-from modelfleet_operator.reconcile.status import refused_status, without_ray
+from modelfleet_operator.reports import Report, Reporter, decided, unreachable
 from modelfleet_operator.routes import RouteWriter
 from modelfleet_serving.contract import RegistryState
 
@@ -48,15 +48,6 @@ RETRY_SECONDS: Final = 2.0
 GATHER_SECONDS: Final = 0.05
 """Changes that come together make one step and one PUT."""
 _CHUNK: Final = 50
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is known of one ModelDeployment after a step; ``decision`` is ``None`` where there is none yet."""
-
-    deployment: ModelDeployment
-    decision: Decision | None
-    findings: tuple[Finding, ...]
 
 
 @dataclass
@@ -99,29 +90,27 @@ class PoolController:
     looked: bool = False
     """Whether Ray has answered at least once."""
     sight: PoolSight = field(default_factory=PoolSight)
-    holdings: dict[str, float] = field(default_factory=dict)
-    """Accelerators that plans hold, by type."""
-    _planner: PoolPlanner = field(default_factory=PoolPlanner)
+    _planner: BackgroundPlanner = field(default_factory=BackgroundPlanner)
     _config: FleetConfig = field(default_factory=FleetConfig)
     _calm: CalmTracker = field(default_factory=CalmTracker)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _dirty: set[str] = field(default_factory=set)
     _leaving: set[str] = field(default_factory=set)
-    _forgotten: set[str] = field(default_factory=set)
     _decisions: dict[str, Decision] = field(default_factory=dict)
-    _reported: dict[str, tuple[ModelDeployment, object]] = field(default_factory=dict)
     _unsettled: set[str] = field(default_factory=set)
     _needs: dict[str, Mapping[str, int]] = field(default_factory=dict)
     _keys_by_model: dict[str, str] = field(default_factory=dict)
     _keys_by_source: dict[str, set[str]] = field(default_factory=dict)
     _looked: float = float("-inf")
-    _written: set[str] = field(default_factory=set)
-    """Applications that Ray was last known to run by our doing."""
     _pause: float = PROGRESS_SECONDS
 
     def __post_init__(self) -> None:
         self.routes = RouteWriter(self.registry)
-        self._view: tuple[PoolView, bool] | None = (pool_view(self.pool), True)
+        self._applications = ApplicationWriter(
+            self.pool.key, self.ray, self._config, self.sight, self.cut_off
+        )
+        self._reporter = Reporter(self.report)
+        self._planner.set_view(pool_view(self.pool), declared=True)
         if self.serve_registry is not None:
             self._config.add_extra(registry_application(self.serve_registry))
 
@@ -147,7 +136,7 @@ class PoolController:
         self._config.held.discard(deployment.key)
         self.routes.held.discard(deployment.key)
         self._leaving.discard(deployment.key)
-        self._forgotten.discard(deployment.key)
+        self._planner.keep(deployment.key)
         self._mark({deployment.key})
 
     def hold(self, key: str) -> None:
@@ -167,10 +156,11 @@ class PoolController:
         self.routes.held.discard(key)
         self._config.forget(key)
         self.routes.forget(key)
-        self._forgotten.add(key)
+        self._planner.forget(key)
         self._calm.forget(key)
-        for memory in (self._decisions, self._reported, self._needs):
+        for memory in (self._decisions, self._needs):
             memory.pop(key, None)
+        self._reporter.forget(key)
         self._unsettled.discard(key)
         self._leaving.add(key)
         self._mark({key})
@@ -183,7 +173,7 @@ class PoolController:
 
     def set_view(self, view: PoolView, *, declared: bool = False) -> None:
         """Take over what the pool has to give."""
-        self._view = (view, declared or (self._view is not None and self._view[1]))
+        self._planner.set_view(view, declared=declared)
         self._mark(set(self.deployments) if declared else ())
 
     def pending(self) -> dict[str, str]:
@@ -305,7 +295,8 @@ class PoolController:
             self.ray_lost = time.monotonic()
         self.ray_error = message
         self.on_change()
-        await self._tell(self.deployments, reason)
+        reports = unreachable(self.deployments.values(), self._decisions, reason, message)
+        await self._reporter.tell(reports)
 
     async def step(self) -> None:
         """Do what follows from what changed.
@@ -334,7 +325,7 @@ class PoolController:
         self._pause = min(self._pause * 1.5, RESYNC_SECONDS)
         changed = self.sight.see_applications(seen)
         if first:
-            self._written = set(seen)
+            self._applications.adopt(seen)
         if first or changed:
             self.on_change()
         return changed | set(self.deployments) if first else changed
@@ -344,37 +335,18 @@ class PoolController:
         observed = {key: self._observed(key) for key in deployments}
         sources = {d.source(v) for d in deployments.values() for v in d.spec.variants if d.needs_facts(v)}
         known = self.facts.get(sources)
-        dirty |= await self._plan(deployments, known, observed) & self.deployments.keys()
+        dirty |= await self._planner.plan(deployments, known, observed) & self.deployments.keys()
         for number, key in enumerate(dirty & self._planner.results.keys() & self.deployments.keys(), 1):
             self._decide_one(self.deployments[key])
             if number % _CHUNK == 0:
                 await asyncio.sleep(0)
-
-    async def _plan(
-        self, deployments: Mapping[str, ModelDeployment], known: Facts, observed: Mapping[str, Observed]
-    ) -> set[str]:
-        """Plan; keys whose plans changed. The planner is touched here alone: it may work in a thread."""
-        planner = self._planner
-        for key in self._forgotten:
-            planner.forget(key)
-        self._forgotten.clear()
-        if self._view is not None:
-            view, declared = self._view
-            self._view = None
-            planner.set_view(view, declared=declared)
-        if len(deployments) <= _CHUNK:
-            moved = planner.plan(deployments, known, observed)
-        else:  # up to seconds of pure work: other tasks go on meanwhile
-            moved = await asyncio.to_thread(planner.plan, deployments, known, observed)
-        self.holdings = planner.holdings()
-        return moved
 
     def _decide_one(self, deployment: ModelDeployment) -> None:
         key, observed = deployment.key, self._observed(deployment.key)
         plans = self._planner.results[key]
         if any(v.name not in plans for v in deployment.spec.variants):
             return  # changed while it was being planned: it is dirty again
-        room = self._planner.room.get(key, {})
+        room = self._planner.room(key)
         decision = reconcile(deployment, plans, observed, self.registry_address, room)
         RECONCILES.inc()
         self._calm.update(deployment, decision, observed, time.monotonic())
@@ -401,64 +373,22 @@ class PoolController:
         await self._put_applications(dirty)
 
     async def _put_applications(self, dirty: set[str]) -> None:
-        difference = self._config.difference(self.sight, dirty | self._config.strays(self.sight))
-        if not difference:
+        if not self._applications.difference(dirty):
             return
         # Others may have changed their applications meanwhile, and a PUT says all of them.
         self._mark(await self._look())
-        difference = self._config.difference(self.sight, dirty | self._config.strays(self.sight))
-        if not difference or self._others_at_work():
+        if not await self._applications.write(dirty):
             return
-        log.info("pool %s: %d applications set, %d removed", self.pool.key, len(difference.set),
-                 len(difference.removed))  # fmt: skip
-        await self.ray.put(self._config.body(self.sight))
-        APPLICATION_WRITES.inc()
-        self._written = set(self.sight.applications) | difference.set
         self._pause = PROGRESS_SECONDS
         self._looked = time.monotonic()
         self._unsettled |= {key for key in dirty if key in self.deployments}
 
-    def _others_at_work(self) -> bool:
-        """Whether another operator has written applications while the API server is out of our reach."""
-        if not self.cut_off():
-            return False
-        seen = {name for key in iter(self.sight.keys()) for name in self.sight.applications_of(key)}
-        theirs = seen - self._written
-        if theirs:
-            log.warning("pool %s: another operator is at work (%s): nothing is written", self.pool.key,
-                        ", ".join(sorted(theirs)[:3]))  # fmt: skip
-        return bool(theirs)
-
-    async def _tell(self, keys: Iterable[str], lost: str = "") -> None:
-        reports = []
-        for key in keys:
-            report = self._report(key, lost)
-            if report is not None and self._reported.get(key) != (report.deployment, _content(report)):
-                self._reported[key] = (report.deployment, _content(report))
-                reports.append(report)
-        if reports:
-            await self.report(reports)
-
-    def _report(self, key: str, lost: str) -> Report | None:
-        deployment, decision = self.deployments.get(key), self._decisions.get(key)
-        if deployment is None:
-            return None
-        if lost:
-            findings = without_ray(decision.findings if decision else (), lost, self.ray_error)
-            return Report(deployment, decision, findings)
-        if decision is None:
-            return None
-        refused = self.routes.refused.get(key)
-        if refused is not None:
-            return Report(deployment, decision, refused_status(deployment, "NameTaken", refused))
-        return Report(deployment, decision, decision.findings)
+    async def _tell(self, keys: Iterable[str]) -> None:
+        deployments = [d for key in keys if (d := self.deployments.get(key))]
+        await self._reporter.tell(decided(deployments, self._decisions, self.routes.refused))
 
     def _let_go(self) -> None:
         for key in list(self._leaving):
             if not self.sight.applications_of(key) and self.routes.has(key) is False:
                 self._leaving.discard(key)
                 self.on_gone(key)
-
-
-def _content(report: Report) -> object:
-    return (report.findings, report.decision.variants if report.decision else ())

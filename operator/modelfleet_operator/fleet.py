@@ -11,75 +11,31 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
 from modelfleet_operator.api import (
     FINALIZER,
-    Condition,
     InvalidResourcesError,
     ModelDeployment,
-    ModelDeploymentStatus,
     ServingPool,
-    VariantStatus,
-    duration_seconds,
     parse_object,
 )
 from modelfleet_operator.clients.errors import ClientError
 from modelfleet_operator.clients.kube import MODEL_DEPLOYMENT, SERVING_POOL, Kind, Object
-from modelfleet_operator.controller import Report
+from modelfleet_operator.departure import leave
 from modelfleet_operator.metrics import CONDITIONS, ERRORS
 from modelfleet_operator.pools import PoolRunner, Tools
 from modelfleet_operator.reconcile.claims import Claims
-from modelfleet_operator.reconcile.conditions import Finding, with_times
-from modelfleet_operator.reconcile.pool_status import pool_status, refused_pool
-from modelfleet_operator.reconcile.status import deployment_status, first_status, refused_status
-from modelfleet_operator.writer import Address
+from modelfleet_operator.reports import Report
+from modelfleet_operator.seen import SeenDeployment, SeenPool, address_of, is_older, is_same, key_of
+from modelfleet_operator.statuses import (
+    refuse_deployment,
+    refuse_pool,
+    set_deployment_status,
+    set_first_status,
+)
 
 log = logging.getLogger(__name__)
-
-LEAVE_POLL_SECONDS: Final = 0.5
-DEFAULT_DRAIN: Final = "600s"
-_MAX_MESSAGE: Final = 8000
-
-
-@dataclass
-class _Deployment:
-    """One ModelDeployment as it was last seen."""
-
-    body: Object
-    parsed: ModelDeployment | None
-    problems: str = ""
-    runner: PoolRunner | None = None
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    leaving: asyncio.Task[None] | None = None
-
-    @property
-    def pool_name(self) -> str:
-        return str(self.body.get("spec", {}).get("pool", "default"))
-
-    @property
-    def namespace(self) -> str:
-        return str(self.body["metadata"]["namespace"])
-
-    @property
-    def deleting(self) -> bool:
-        return "deletionTimestamp" in self.body["metadata"]
-
-
-@dataclass
-class _Pool:
-    """One ServingPool as it was last seen."""
-
-    body: Object
-    parsed: ServingPool | None
-    problems: str = ""
-    runner: PoolRunner | None = None
-    releasing: asyncio.Task[None] | None = None
-
-    @property
-    def deleting(self) -> bool:
-        return "deletionTimestamp" in self.body["metadata"]
 
 
 @dataclass
@@ -95,8 +51,8 @@ class Fleet:
     """Monotonic time of the last sign of the resync loop: liveness."""
     synced: bool = False
     """Whether everything has been listed once."""
-    _deployments: dict[str, _Deployment] = field(default_factory=dict)
-    _pools: dict[str, _Pool] = field(default_factory=dict)
+    _deployments: dict[str, SeenDeployment] = field(default_factory=dict)
+    _pools: dict[str, SeenPool] = field(default_factory=dict)
     _claims: dict[str, Claims] = field(default_factory=dict)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -114,9 +70,9 @@ class Fleet:
         for body in deployments:
             self._take_deployment(body, authoritative=True)
         # Before any pool starts: it removes what it does not know.
-        for key in self._deployments.keys() - {_key(b) for b in deployments}:
+        for key in self._deployments.keys() - {key_of(b) for b in deployments}:
             self._forget_deployment(key)
-        for key in self._pools.keys() - {_key(b) for b in pools}:
+        for key in self._pools.keys() - {key_of(b) for b in pools}:
             self._forget_pool(key)
         self.synced = True
         for pool in self._pools.values():
@@ -166,32 +122,32 @@ class Fleet:
     def saw_deployment(self, event: str | None, body: Object) -> None:
         """Take an event about a ModelDeployment in."""
         if event == "DELETED":
-            self._forget_deployment(_key(body), uid=body["metadata"]["uid"])
+            self._forget_deployment(key_of(body), uid=body["metadata"]["uid"])
         else:
             self._take_deployment(body)
 
     def _take_deployment(self, body: Object, *, authoritative: bool = False) -> None:
-        key = _key(body)
+        key = key_of(body)
         before = self._deployments.get(key)
         if before is not None and before.body["metadata"]["uid"] != body["metadata"]["uid"]:
             self._forget_deployment(key)
             before = None
-        if before is not None and _older(body, before.body):
+        if before is not None and is_older(body, before.body):
             return
         self.tools.writer.saw(MODEL_DEPLOYMENT, body, authoritative=authoritative)
-        if before is not None and not authoritative and _same(body, before.body):
+        if before is not None and not authoritative and is_same(body, before.body):
             before.body = body
             return
-        entry = before or _Deployment(body, None)
+        entry = before or SeenDeployment(body, None)
         entry.body = body
         self._deployments[key] = entry
         if entry.deleting:
             self._withdraw(key, entry)
             return
-        self._parse_deployment(key, entry)
+        self._parse_deployment(entry)
         self._place(key, entry)
 
-    def _parse_deployment(self, key: str, entry: _Deployment) -> None:
+    def _parse_deployment(self, entry: SeenDeployment) -> None:
         try:
             parsed = parse_object(entry.body)
         except InvalidResourcesError as error:
@@ -204,9 +160,9 @@ class Fleet:
         assert isinstance(parsed, ModelDeployment)  # noqa: S101  watched by kind
         entry.parsed, entry.problems = parsed, ""
         if not entry.body.get("status", {}).get("conditions"):
-            self.tools.writer.set_status(_address(MODEL_DEPLOYMENT, key), _first(parsed))
+            set_first_status(self.tools.writer, parsed)
 
-    def _place(self, key: str, entry: _Deployment) -> None:
+    def _place(self, key: str, entry: SeenDeployment) -> None:
         """Give a ModelDeployment to the pool that it belongs to now."""
         pool = self._pool_of(entry)
         runner = pool.runner if pool else None
@@ -216,11 +172,11 @@ class Fleet:
         if entry.problems:
             if runner is not None:
                 runner.hold(key)
-            self._refuse(key, entry, "InvalidSpec", entry.problems)
+            refuse_deployment(self.tools.writer, entry, "InvalidSpec", entry.problems)
         elif runner is None or pool is None:
-            self._refuse_without_pool(key, entry, pool)
+            self._refuse_without_pool(entry, pool)
         elif entry.parsed is not None:
-            claims = self._claims.setdefault(_key(pool.body), Claims())
+            claims = self._claims.setdefault(key_of(pool.body), Claims())
             runner.use(key)
             for affected in claims.add(entry.parsed):
                 self._accept(affected, runner, claims)
@@ -237,9 +193,9 @@ class Fleet:
         if key in runner.controller.deployments:
             runner.remove(key)
         taken = ", ".join(f"{name} belongs to ModelDeployment {holder}" for name, holder in conflicts.items())
-        self._refuse(key, entry, "NameConflict", taken)
+        refuse_deployment(self.tools.writer, entry, "NameConflict", taken)
 
-    def _pool_of(self, entry: _Deployment) -> _Pool | None:
+    def _pool_of(self, entry: SeenDeployment) -> SeenPool | None:
         """The pool of its own namespace, else the platform's."""
         for namespace in dict.fromkeys((entry.namespace, self.tools.settings.namespace)):
             pool = self._pools.get(f"{namespace}/{entry.pool_name}")
@@ -247,7 +203,7 @@ class Fleet:
                 return pool
         return None
 
-    def _take_out(self, key: str, entry: _Deployment) -> None:
+    def _take_out(self, key: str, entry: SeenDeployment) -> None:
         runner = entry.runner
         if runner is None:
             return
@@ -266,7 +222,7 @@ class Fleet:
         del self._deployments[key]
         self._take_out(key, entry)
         entry.gone.set()
-        self.tools.writer.forget(_address(MODEL_DEPLOYMENT, key))
+        self.tools.writer.forget(address_of(MODEL_DEPLOYMENT, key))
 
     # --- Statuses of ModelDeployments ---
 
@@ -276,44 +232,20 @@ class Fleet:
             entry = self._deployments.get(report.deployment.key)
             if entry is not None and not entry.problems:
                 rows = report.decision.variants if report.decision else ()
-                self._set_status(report.deployment, rows, report.findings)
+                set_deployment_status(self.tools.writer, report.deployment, rows, report.findings)
 
-    def _set_status(
-        self, deployment: ModelDeployment, rows: Sequence[VariantStatus], findings: Sequence[Finding]
-    ) -> None:
-        def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
-            old = ModelDeploymentStatus.model_validate(before)
-            current = old if old.observed_generation == deployment.metadata.generation else None
-            return deployment_status(deployment, rows, findings, old.conditions, now, current).to_dict()
-
-        self.tools.writer.set_status(_address(MODEL_DEPLOYMENT, deployment.key), compose)
-
-    def _refuse(self, key: str, entry: _Deployment, reason: str, message: str) -> None:
-        text = message[:_MAX_MESSAGE]
-        if entry.parsed is not None and not entry.problems:
-            self._set_status(entry.parsed, (), refused_status(entry.parsed, reason, text))
+    def _refuse_without_pool(self, entry: SeenDeployment, pool: SeenPool | None) -> None:
+        if pool is not None:
+            problems = f"ServingPool {key_of(pool.body)}: {pool.problems}"
+            refuse_deployment(self.tools.writer, entry, "PoolNotAccepted", problems)
             return
-        generation = entry.body["metadata"].get("generation", 0)
-        findings = refused_status(key, reason, text)
-
-        def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
-            conditions = [Condition.model_validate(c) for c in before.get("conditions", ())]
-            timed = with_times(findings, conditions, generation, now)
-            return {**before, "conditions": [c.to_dict() for c in timed], "observedGeneration": generation}
-
-        self.tools.writer.set_status(_address(MODEL_DEPLOYMENT, key), compose)
-
-    def _refuse_without_pool(self, key: str, entry: _Deployment, pool: _Pool | None) -> None:
-        name = entry.pool_name
-        if pool is None:
-            where = dict.fromkeys((entry.namespace, self.tools.settings.namespace))
-            self._refuse(key, entry, "PoolNotFound", f"no ServingPool {name} in {' or '.join(where)}")
-        else:
-            self._refuse(key, entry, "PoolNotAccepted", f"ServingPool {_key(pool.body)}: {pool.problems}")
+        where = " or ".join(dict.fromkeys((entry.namespace, self.tools.settings.namespace)))
+        missing = f"no ServingPool {entry.pool_name} in {where}"
+        refuse_deployment(self.tools.writer, entry, "PoolNotFound", missing)
 
     # --- Deletion of ModelDeployments ---
 
-    def _withdraw(self, key: str, entry: _Deployment) -> None:
+    def _withdraw(self, key: str, entry: SeenDeployment) -> None:
         """Begin to let a ModelDeployment go: its route first, then its applications, which drain."""
         if FINALIZER not in entry.body["metadata"].get("finalizers", ()) or entry.leaving is not None:
             return
@@ -328,39 +260,7 @@ class Fleet:
             for affected in claims.remove(key) if claims is not None else ():
                 assert claims is not None  # noqa: S101  see the loop
                 self._accept(affected, runner, claims)
-        entry.leaving = self._spawn(self._leave(key, entry), f"leave {key}")
-
-    async def _leave(self, key: str, entry: _Deployment) -> None:
-        deadline = _deletion_time(entry.body) + self._drain_seconds(entry)
-        waited = time.monotonic()
-        while not entry.gone.is_set():
-            why = self._reason_to_let_go(entry, waited, deadline)
-            if why:
-                log.warning("%s is let go: %s", key, why)
-                break
-            try:
-                await asyncio.wait_for(entry.gone.wait(), LEAVE_POLL_SECONDS)
-            except TimeoutError:
-                continue
-        await self.tools.writer.release(_address(MODEL_DEPLOYMENT, key))
-
-    def _reason_to_let_go(self, entry: _Deployment, since: float, deadline: float) -> str:
-        """Why a ModelDeployment is not waited for any longer: it must never hold a namespace up."""
-        patience = self.tools.settings.let_go_seconds
-        runner = entry.runner
-        if runner is None or runner not in self.runners:
-            return "its pool is not there"
-        lost = min(runner.lost_seconds(), time.monotonic() - since)
-        if lost >= patience:
-            return f"Ray or the registry of pool {runner.pool.key} has been away for {lost:.0f} s"
-        if datetime.now(UTC).timestamp() > deadline:
-            return "it did not drain in time"
-        return ""
-
-    def _drain_seconds(self, entry: _Deployment) -> float:
-        rollout = entry.body.get("spec", {}).get("rollout", {})
-        drain = duration_seconds(str(rollout.get("drainTimeout", DEFAULT_DRAIN)))
-        return drain + self.tools.settings.drain_margin_seconds
+        entry.leaving = self._spawn(leave(key, entry, self.tools, lambda: self.runners), f"leave {key}")
 
     def on_gone(self, key: str) -> None:
         """Nothing of a removed ModelDeployment is left in its pool."""
@@ -373,32 +273,32 @@ class Fleet:
     def saw_pool(self, event: str | None, body: Object) -> None:
         """Take an event about a ServingPool in."""
         if event == "DELETED":
-            pool = self._pools.get(_key(body))
+            pool = self._pools.get(key_of(body))
             if pool is not None and pool.body["metadata"]["uid"] == body["metadata"]["uid"]:
-                self._forget_pool(_key(body))
+                self._forget_pool(key_of(body))
         else:
             self._take_pool(body)
 
     def _take_pool(self, body: Object, *, authoritative: bool = False) -> None:
-        key = _key(body)
+        key = key_of(body)
         before = self._pools.get(key)
         if before is not None and before.body["metadata"]["uid"] != body["metadata"]["uid"]:
             self._forget_pool(key)
             before = None
-        if before is not None and _older(body, before.body):
+        if before is not None and is_older(body, before.body):
             return
         self.tools.writer.saw(SERVING_POOL, body, authoritative=authoritative)
-        if before is not None and not authoritative and _same(body, before.body):
+        if before is not None and not authoritative and is_same(body, before.body):
             before.body = body
             return
-        pool = before or _Pool(body, None)
+        pool = before or SeenPool(body, None)
         pool.body = body
         self._pools[key] = pool
         self._parse_pool(pool)
         self._connect(key, pool)
         self._release_unused(pool)
 
-    def _parse_pool(self, pool: _Pool) -> None:
+    def _parse_pool(self, pool: SeenPool) -> None:
         pool.problems = ""
         try:
             parsed = parse_object(pool.body)
@@ -408,16 +308,16 @@ class Fleet:
         assert isinstance(parsed, ServingPool)  # noqa: S101  watched by kind
         pool.parsed = parsed
 
-    def _connect(self, key: str, pool: _Pool) -> None:
+    def _connect(self, key: str, pool: SeenPool) -> None:
         """Have a runner that works as the pool asks; none for a pool that can't be accepted."""
         if pool.problems or pool.parsed is None:
-            self._refuse_pool(key, pool, "InvalidSpec", pool.problems)
+            refuse_pool(self.tools.writer, pool, "InvalidSpec", pool.problems)
             return
         rival = self._same_cluster(key, pool.parsed)
         if rival is not None:
             pool.problems = f"ServingPool {rival} has the same Ray cluster: one pool speaks for a cluster"
             self._disconnect(pool)
-            self._refuse_pool(key, pool, "ClusterInUse", pool.problems)
+            refuse_pool(self.tools.writer, pool, "ClusterInUse", pool.problems)
             self._place_all(key)
             return
         if pool.runner is not None and pool.runner.set_pool(pool.parsed):
@@ -439,11 +339,11 @@ class Fleet:
         older = [r for r in rivals if _seniority(r) < _seniority(pool)]
         return min(older, key=_seniority).key if older else None
 
-    def _start(self, pool: _Pool) -> None:
+    def _start(self, pool: SeenPool) -> None:
         if pool.runner is not None and not pool.runner.started:
             pool.runner.start()
 
-    def _disconnect(self, pool: _Pool) -> None:
+    def _disconnect(self, pool: SeenPool) -> None:
         runner, pool.runner = pool.runner, None
         if runner is not None:
             self._claims.pop(runner.pool.key, None)
@@ -464,7 +364,7 @@ class Fleet:
         if pool is None:
             return
         self._disconnect(pool)
-        self.tools.writer.forget(_address(SERVING_POOL, key))
+        self.tools.writer.forget(address_of(SERVING_POOL, key))
         self._place_all(key)
         # One that had to stand back for it may come forward.
         for other, waiting in list(self._pools.items()):
@@ -472,22 +372,13 @@ class Fleet:
                 self._parse_pool(waiting)
                 self._connect(other, waiting)
 
-    def _refuse_pool(self, key: str, pool: _Pool, reason: str, message: str) -> None:
-        generation = pool.body["metadata"].get("generation", 0)
-
-        def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
-            conditions = [Condition.model_validate(c) for c in before.get("conditions", ())]
-            return pool_status(generation, refused_pool(reason, message), conditions, now).to_dict()
-
-        self.tools.writer.set_status(_address(SERVING_POOL, key), compose)
-
-    def _release_unused(self, pool: _Pool | None) -> None:
+    def _release_unused(self, pool: SeenPool | None) -> None:
         """Let a pool go that is being deleted and that nobody uses."""
         if pool is None or not pool.deleting or pool.releasing is not None:
             return
         if pool.runner is None or not pool.runner.users:
-            address = _address(SERVING_POOL, _key(pool.body))
-            pool.releasing = self._spawn(self.tools.writer.release(address), f"release {_key(pool.body)}")
+            address = address_of(SERVING_POOL, key_of(pool.body))
+            pool.releasing = self._spawn(self.tools.writer.release(address), f"release {key_of(pool.body)}")
 
     # --- Odds and ends ---
 
@@ -501,50 +392,9 @@ class Fleet:
         CONDITIONS.clear()
         for kind, keys in ((MODEL_DEPLOYMENT, self._deployments), (SERVING_POOL, self._pools)):
             for key in keys:
-                for condition in self.tools.writer.status_of(_address(kind, key)).get("conditions", ()):
+                for condition in self.tools.writer.status_of(address_of(kind, key)).get("conditions", ()):
                     CONDITIONS.labels(kind.kind, condition["type"], condition["status"]).inc()
-
-
-def _first(deployment: ModelDeployment) -> Any:
-    def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
-        conditions = [Condition.model_validate(c) for c in before.get("conditions", ())]
-        return deployment_status(deployment, (), first_status(), conditions, now).to_dict()
-
-    return compose
-
-
-def _key(body: Object) -> str:
-    return f"{body['metadata']['namespace']}/{body['metadata']['name']}"
-
-
-def _address(kind: Kind, key: str) -> Address:
-    namespace, _, name = key.partition("/")
-    return (kind, namespace, name)
-
-
-def _older(body: Object, known: Object) -> bool:
-    """Whether a list or a watch gave an older state than what is known already."""
-    new, old = body["metadata"]["resourceVersion"], known["metadata"]["resourceVersion"]
-    # Versions of one resource compare as numbers since Kubernetes 1.35; other servers' ones do not count.
-    return str(new).isdigit() and str(old).isdigit() and int(new) < int(old)
-
-
-def _same(body: Object, known: Object) -> bool:
-    """Whether nothing changed that a user or an engine's measurement could change."""
-    return (
-        body["metadata"].get("generation") == known["metadata"].get("generation")
-        and body["metadata"].get("deletionTimestamp") == known["metadata"].get("deletionTimestamp")
-        and _measured(body) == _measured(known)
-    )
-
-
-def _measured(body: Object) -> list[Any]:
-    return [v.get("measurements") for v in body.get("status", {}).get("variants", ())]
 
 
 def _seniority(pool: ServingPool) -> tuple[str, str]:
     return (pool.metadata.creation_timestamp or "", pool.key)
-
-
-def _deletion_time(body: Object) -> float:
-    return datetime.fromisoformat(body["metadata"]["deletionTimestamp"]).timestamp()

@@ -32,13 +32,14 @@ from modelfleet_operator.clients.model_hub import ModelHub
 from modelfleet_operator.clients.processes import ChildProcess, free_port
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
-from modelfleet_operator.controller import PoolController, Report
+from modelfleet_operator.controller import PoolController
 from modelfleet_operator.facts import FactsCache
 from modelfleet_operator.local_pool import local_pool
 from modelfleet_operator.local_state import LocalInfo, LocalState
 from modelfleet_operator.local_store import Resources, load, watch
 from modelfleet_operator.reconcile.conditions import Finding
 from modelfleet_operator.reconcile.status import deployment_status, refused_status
+from modelfleet_operator.reports import Report
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from modelfleet_operator.clients.kube import (
 from modelfleet_operator.clients.ray_nodes import RayNodesClient
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
-from modelfleet_operator.controller import PoolController, Report
+from modelfleet_operator.controller import PoolController
 from modelfleet_operator.facts import FactsCache
 from modelfleet_operator.metrics import ACCELERATORS, ERRORS
 from modelfleet_operator.pending import PendingTracker
@@ -52,6 +52,7 @@ from modelfleet_operator.reconcile.ray_cluster import (
     token_secret,
     token_secret_name,
 )
+from modelfleet_operator.reports import Report
 from modelfleet_operator.settings import Settings
 from modelfleet_operator.writer import Address, ObjectWriter
 from modelfleet_serving.contract import REGISTRY_PORT
