@@ -6,7 +6,7 @@ BENCHES := router operator registry simulator
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
-.PHONY: test-chart generate-install
+.PHONY: test-chart test-engine generate-install
 .PHONY: bench bench-venv bench-router bench-operator soak-router
 
 help: ## This list.
@@ -21,10 +21,14 @@ demo: venv ## Serve a real small model in two quantization variants on this mach
 demo-cluster: venv ## The demo through kubectl: a real control plane, the operator, local Ray, the real engine.
 	@$(PY) scripts/demo_cluster.py
 
-test: venv lint test-unit test-ray test-controlplane test-chart test-e2e ## Everything, as CI runs it.
+test: venv lint test-unit test-engine test-ray test-e2e test-controlplane test-chart ## Everything, as CI runs it.
 
 test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (under a minute).
-	$(PYTEST) tests/unit
+	$(PYTEST) tests/unit -m "not engine" --numprocesses auto --dist loadfile
+
+test-engine: venv ## Our command lines and tables against the installed vLLM.
+	$(PY) -m modelfleet_serving.environments install vllm
+	$(PYTEST) tests/unit -m engine
 
 lint: venv ## ruff, mypy, import-linter, generated files.
 	.venv/bin/ruff check .

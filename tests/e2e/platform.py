@@ -81,9 +81,11 @@ class Platform:
             return rows if good else None
 
         try:
-            return until(f"{names} serve", ready, seconds)
+            rows = until(f"{names} serve", ready, seconds)
+            until("the router lists models", lambda: list(self.client.models.list()), 10)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{json.dumps(self.documents(), indent=1)}\n{self.log()}") from None
+        return rows
 
     def edit(self, pattern: str, replacement: str) -> None:
         """Change the file as an editor would: write beside it, then rename."""

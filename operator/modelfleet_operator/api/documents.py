@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import yaml
@@ -188,9 +189,14 @@ def _unknown_field(kind: type[BaseModel], path: Path) -> str:
     return f"unknown field; {hint}"
 
 
+@cache
+def _schema(kind: type[BaseModel]) -> dict[str, Any]:
+    return kind.model_json_schema(by_alias=True)
+
+
 def _fields_at(kind: type[BaseModel], path: Path) -> list[str]:
     """Names of the fields of the object at a path, by walking the schema."""
-    schema = kind.model_json_schema(by_alias=True)
+    schema = _schema(kind)
     definitions = schema.get("$defs", {})
     node: Any = schema
     for part in path:

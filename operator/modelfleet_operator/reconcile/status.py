@@ -123,7 +123,8 @@ def _state(
         return result.reason, result.message
     if wanted.replicas == 0:
         return "ScaledToZero", "starts with the next request"
-    if mine is not None and mine.ready >= wanted.replicas:
+    if mine is not None and mine.ready >= wanted.replicas and not observed.blind:
+        # A registry that has just started gives routers no table yet: ready is not routable.
         return "Serving", ""
     failure = mine.failure if mine else None
     if failure is not None:
@@ -171,10 +172,10 @@ def _progressing(rows: Sequence[VariantStatus], rollouts: Mapping[str, VariantRo
 
 def _serving(rows: Sequence[VariantStatus], observed: Observed) -> Finding:
     serving = [row.name for row in rows if row.ready_replicas]
+    if observed.blind:
+        return Finding("Serving", "Unknown", "RegistryUnavailable", ", ".join(serving))
     if serving:
         return Finding("Serving", "True", "EndpointsReady", ", ".join(serving))
-    if observed.blind:
-        return Finding("Serving", "Unknown", "RegistryUnavailable")
     if rows and all(row.reason == "ScaledToZero" for row in rows):
         return Finding("Serving", "True", "ScaledToZero", "the next request starts a replica")
     return Finding("Serving", "False", "NoReadyEndpoint", "; ".join(f"{r.name}: {r.reason}" for r in rows))

@@ -24,7 +24,7 @@ Apply = Callable[[TableUpdate], Awaitable[None]]
 POLL_SECONDS: Final = 0.25
 LONG_POLL_SECONDS: Final = 30.0
 DEMAND_SECONDS: Final = 1.0
-_MAX_BACKOFF_SECONDS: Final = 5.0
+_MAX_BACKOFF_SECONDS: Final = 1.0
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

@@ -283,7 +283,7 @@ class Table:
         """The target of ``MODEL``, ``MODEL:VARIANT`` or an adapter's name.
 
         Raises:
-            RequestError: 404 with the names that exist.
+            RequestError: 404 with the names that exist; 503 before the first table.
         """
         target = self._names.get(name)
         if target is not None:
@@ -291,6 +291,9 @@ class Table:
         base, colon, variant = name.rpartition(":")
         target = self._names.get(base) if colon else None
         if target is None:
+            if not self.loaded:
+                message = "this router has no route table yet"
+                raise RequestError(503, message, code="no_route_table", retry_after=1.0)
             raise RequestError(
                 404,
                 f"the model {_printable(name)!r} does not exist; {self._existing()}",
