@@ -44,8 +44,11 @@ def engine_of(cluster: Cluster, beat: Heartbeat) -> psutil.Process:
     return engine
 
 
-def actor_of(cluster: Cluster, application: str) -> psutil.Process:
-    (process,) = cluster.processes(f"ServeReplica:{application}:")
+async def actor_of(cluster: Cluster, application: str) -> psutil.Process:
+    """The one actor of an application; one that an earlier test scaled away may still be on its way out."""
+    name = f"ServeReplica:{application}:"
+    await until(lambda: len(cluster.processes(name)) == 1, f"one process {name}")
+    (process,) = cluster.processes(name)
     return process
 
 
@@ -101,7 +104,7 @@ async def test_streams_end_whole_when_replicas_leave(
 
 async def test_a_killed_actor_takes_its_engine_with_it(cluster: Cluster, one: Heartbeat) -> None:
     engine = engine_of(cluster, one)
-    actor_of(cluster, one.application).kill()
+    (await actor_of(cluster, one.application)).kill()
     began = time.monotonic()
     await until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, "it is gone", 2.0)
     assert time.monotonic() - began < 2.0
@@ -135,7 +138,7 @@ async def test_a_registry_that_restarts_loses_no_live_endpoint(
 ) -> None:
     await until(lambda: follower.ready() == {one.id}, "routers know it")
     before, updates = follower.update.epoch, len(follower.history)
-    actor_of(cluster, "modelfleet.registry").kill()
+    (await actor_of(cluster, "modelfleet.registry")).kill()
 
     async def back() -> bool:
         return await cluster.answers() and (await cluster.state()).epoch != before
