@@ -109,9 +109,12 @@ def test_a_killed_engine_loses_no_request_and_comes_back(real: Platform) -> None
     def back() -> bool:
         try:
             answer = ask(real, "smollm2:int8", max_tokens=1)
-        except openai.InternalServerError:  # pinned to what is down: 503 until it is back
+        except openai.InternalServerError as error:
+            if error.status_code != 503:  # pinned to what is down: 503, and nothing else, until it is back
+                raise
             return False
-        return bool(answer.headers["x-modelfleet-variant"] == "int8")
+        headers = answer.headers
+        return bool(headers["x-modelfleet-variant"] == "int8") and "x-modelfleet-fallback" not in headers
 
     until("the engine is back", back, 180)
     assert time.monotonic() - killed < 180
