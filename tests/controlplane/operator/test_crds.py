@@ -1,4 +1,4 @@
-"""The CRDs at the real API server: every rule with an accept and a reject, defaults, columns, documentation."""
+"""The CRDs at the real API server: rules with an accept and a reject, defaults, columns, documentation."""
 
 from __future__ import annotations
 

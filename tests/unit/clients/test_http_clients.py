@@ -98,12 +98,13 @@ async def test_a_proxy_page_is_unavailable(server: tuple[Server, str, aiohttp.Cl
 async def test_serve_details_are_read(server: tuple[Server, str, aiohttp.ClientSession]) -> None:
     state, url, session = server
     replicas = [{"state": "RUNNING", "replica_id": "x"}, {"state": "STARTING"}]
+    replica = {"status": "UPDATING", "message": "no room", "replicas": replicas}
     state.body = {
         "controller_info": {},
         "applications": {
             "a": {
                 "status": "DEPLOYING", "message": "", "deployed_app_config": {"name": "a", "args": {"x": 1}},
-                "deployments": {"Replica": {"status": "UPDATING", "message": "no room", "replicas": replicas}},
+                "deployments": {"Replica": replica},
             },
             "b": {"status": "DELETING", "message": "", "deployed_app_config": None, "deployments": {}},
         },

@@ -201,7 +201,14 @@ class TestNodes:
 
 class TestRayCluster:
     MADE = pool(
-        {"type": "A10", "gpusPerNode": 1, "minNodes": 1, "maxNodes": 4, "cpusPerNode": "7", "memoryPerNode": "28Gi"},
+        {
+            "type": "A10",
+            "gpusPerNode": 1,
+            "minNodes": 1,
+            "maxNodes": 4,
+            "cpusPerNode": "7",
+            "memoryPerNode": "28Gi",
+        },
         {"type": "CPU", "gpusPerNode": 0, "maxNodes": 2},
         cluster={
             "gcsFaultTolerance": {"redisAddress": "redis:6379", "password": {"name": "redis", "key": "p"}},
