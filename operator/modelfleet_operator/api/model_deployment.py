@@ -8,14 +8,13 @@ from pydantic import Field, StringConstraints
 
 from modelfleet_operator.api.base import (
     HELD_BY_SCHEMA,
-    MAX_NAME_LENGTH,
     ApiModel,
     Duration,
     Name,
     Rule,
 )
 from modelfleet_operator.api.engine import EngineSpec
-from modelfleet_operator.api.metadata import Metadata
+from modelfleet_operator.api.resource import Resource
 from modelfleet_operator.api.status import ModelDeploymentStatus
 
 Quantization = Literal[
@@ -227,33 +226,15 @@ class ModelDeploymentSpec(ApiModel):
     )
 
 
-class ModelDeployment(ApiModel):
+class ModelDeployment(Resource):
     """One model with one or more quantization variants, each on the accelerators that fit it."""
 
-    api_version: Literal["modelfleet.io/v1alpha1"] = "modelfleet.io/v1alpha1"
-    """Version of this schema."""
     kind: Literal["ModelDeployment"] = "ModelDeployment"
     """Kind of the resource."""
-    metadata: Metadata
-    """Name and namespace."""
     spec: ModelDeploymentSpec
     """What the user wants."""
     status: ModelDeploymentStatus | None = None
     """Observed state; written by the operator."""
-
-    rules = (
-        Rule(
-            cel=f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters",
-            check=lambda self: len(self.metadata.name) <= MAX_NAME_LENGTH,
-            field="metadata.name",
-        ),
-    )
-
-    @property
-    def key(self) -> str:
-        """``namespace/name``."""
-        return f"{self.metadata.namespace}/{self.metadata.name}"
 
     @property
     def model_name(self) -> str:

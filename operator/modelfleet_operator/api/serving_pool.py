@@ -8,15 +8,14 @@ from pydantic import Field, StringConstraints
 
 from modelfleet_operator.api.base import (
     HELD_BY_SCHEMA,
-    MAX_NAME_LENGTH,
     ApiModel,
     Duration,
     Name,
     Quantity,
     Rule,
 )
-from modelfleet_operator.api.metadata import Metadata
 from modelfleet_operator.api.model_deployment import AcceleratorType
+from modelfleet_operator.api.resource import Resource
 from modelfleet_operator.api.status import ServingPoolStatus
 
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=512)]
@@ -188,33 +187,15 @@ class ServingPoolSpec(ApiModel):
     )
 
 
-class ServingPool(ApiModel):
+class ServingPool(Resource):
     """One Ray cluster with its accelerators, on which models run."""
 
-    api_version: Literal["modelfleet.io/v1alpha1"] = "modelfleet.io/v1alpha1"
-    """Version of this schema."""
     kind: Literal["ServingPool"] = "ServingPool"
     """Kind of the resource."""
-    metadata: Metadata
-    """Name and namespace."""
     spec: ServingPoolSpec
     """What the administrator wants."""
     status: ServingPoolStatus | None = None
     """Observed state; written by the operator."""
-
-    rules = (
-        Rule(
-            cel=f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters",
-            check=lambda self: len(self.metadata.name) <= MAX_NAME_LENGTH,
-            field="metadata.name",
-        ),
-    )
-
-    @property
-    def key(self) -> str:
-        """``namespace/name``."""
-        return f"{self.metadata.namespace}/{self.metadata.name}"
 
     def group(self, accelerator: str) -> AcceleratorGroup | None:
         """The group of an accelerator type."""
