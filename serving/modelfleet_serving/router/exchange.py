@@ -373,6 +373,9 @@ class Exchange:
         self.request.keep_alive = False
         self.client.transport.write(start)
         connection.body = self.client.transport.write
+        early = self.client.take_early()
+        if early:
+            connection.transport.write(early)
 
     def on_client_data(self, data: bytes) -> None:
         """Bytes for the engine, in a tunnel."""

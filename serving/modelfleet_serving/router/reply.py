@@ -104,7 +104,7 @@ class Reply:
         now = worker.loop.time()
         endpoint = connection.endpoint
         self.stats = endpoint.variant.stats
-        connection.stays = head.keep_alive
+        connection.stays = head.keep_alive and not exchange.request.upgrades
         if self.splice is not None:
             self._go_on(connection, head, rest, self.splice)
             return

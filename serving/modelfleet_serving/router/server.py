@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import httptools
 
+from modelfleet_serving.router.api import OPERATIONS, Kind
 from modelfleet_serving.router.errors import RequestError, status_line
 from modelfleet_serving.router.exchange import Exchange
 from modelfleet_serving.router.request import HEADER_CODES, Request
@@ -38,12 +39,14 @@ class ClientConnection:
     __slots__ = (
         "_closing",
         "_discarded",
+        "_early",
         "_held",
         "_parser",
         "_pending",
         "_reading_paused",
         "_request",
         "_synthetic",
+        "_upgrading",
         "deadline",
         "exchange",
         "full",
@@ -68,7 +71,8 @@ class ClientConnection:
         self._closing = False
         self._discarded = self._held = 0
         self._reading_paused = False
-        self._synthetic = False
+        self._synthetic = self._upgrading = False
+        self._early = b""
 
     # --- Transport callbacks ---
 
@@ -109,6 +113,9 @@ class ClientConnection:
             return
         if self._closing:
             self._discard(len(data))
+            return
+        if self._upgrading:
+            self._keep_early(data)
             return
         try:
             self._parser.feed_data(data)
@@ -179,6 +186,8 @@ class ClientConnection:
             parser.get_method().decode(), parser.get_http_version(), upgrades=parser.should_upgrade()
         )
         request.complete = True
+        if request.upgrade == b"websocket":
+            self._check_upgrade(request)
         settings = self.worker.settings
         if sum(map(len, request.lines)) > settings.max_header_bytes:
             raise RequestError(
@@ -240,9 +249,9 @@ class ClientConnection:
         declined by answering in HTTP/1.1, so its body has to be read: a new parser gets the framing alone.
         """
         request = self._request
-        if request is None or request.upgrade == b"websocket":
-            if self._pending and isinstance(self._pending[-1], Request):
-                self._pending[-1].body = rest
+        if request is None:
+            self._upgrading = True
+            self._keep_early(rest)
             return
         request.upgrades = False
         self._parser = httptools.HttpRequestParser(self)
@@ -254,6 +263,30 @@ class ClientConnection:
                 self._parser.feed_data(rest)
         except httptools.HttpParserError as error:
             self._refuse(error)
+
+    @staticmethod
+    def _check_upgrade(request: Request) -> None:
+        """Only a realtime path is upgraded; to others the offer means nothing, and a body is a body."""
+        operation = OPERATIONS.get(request.path)
+        if operation is None or operation.kind is not Kind.WEBSOCKET or request.method != b"GET":
+            request.upgrade = b""
+        elif request.length:
+            raise RequestError(400, "a request to upgrade has no body", code="invalid_header")
+
+    def _keep_early(self, data: bytes) -> None:
+        """Keeps what a client sends ahead of the engine's 101: one that declines must never get it."""
+        self._early += data
+        if len(self._early) > _SMALL_BODY and not self._reading_paused:
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    def take_early(self) -> bytes:
+        """What came before the tunnel was open."""
+        early, self._early = self._early, b""
+        if self._reading_paused:
+            self._reading_paused = False
+            self.transport.resume_reading()
+        return early
 
     def _refuse(self, error: Exception) -> None:
         """Queues the answer to a malformed request; nothing is read behind it."""

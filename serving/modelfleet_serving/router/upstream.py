@@ -88,6 +88,8 @@ class UpstreamConnection:
             head = ResponseHead(data[:end])
             data = data[end + 4 :]
             if head.status >= 200 or head.status == 101:
+                if head.status == 101 and not exchange.request.upgrades:
+                    raise FramingError("it switches protocols unasked")
                 exchange.on_response(self, head, data)
                 return
 
@@ -176,7 +178,9 @@ class Connector:
         connection.exchange = None
         connection.body = None
         idle = endpoint.idle
-        if len(idle) >= self._idle_limit or connection.transport.is_closing():
+        transport = connection.transport
+        # An engine may answer before it has read the request: the rest of that is still on its way.
+        if len(idle) >= self._idle_limit or transport.is_closing() or transport.get_write_buffer_size():
             connection.transport.abort()
             return
         connection.resume()

@@ -190,7 +190,9 @@ class Worker:
         return (
             b"access-control-allow-origin: " + value + b"\r\nvary: origin\r\n"
             b"access-control-expose-headers: x-request-id, x-modelfleet-model, x-modelfleet-variant, "
-            b"x-modelfleet-replica, x-modelfleet-fallback, retry-after\r\n"
+            b"x-modelfleet-replica, x-modelfleet-fallback, retry-after, "
+            b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+            b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens\r\n"
         )
 
     def not_ready(self) -> str | None:
