@@ -309,9 +309,14 @@ class PoolController:
         try:
             if self._until_next() == 0 or self.ray_error:
                 dirty |= await self._look()
-            await self._decide(dirty)
-            await self._tell(dirty)
-            await self._apply(dirty)
+            await self._follow(dirty)
+            if self._applications.difference(dirty):
+                # A PUT says all applications, and an old sight would change what runs: Ray is asked just
+                # before, and what it says is decided on.
+                changed = await self._look()
+                dirty |= changed
+                await self._follow(changed)
+                await self._put_applications(dirty)
         except ClientError:
             self._dirty |= dirty
             raise
@@ -336,15 +341,15 @@ class PoolController:
         sources = {d.source(v) for d in deployments.values() for v in d.spec.variants if d.needs_facts(v)}
         known = self.facts.get(sources)
         dirty |= await self._planner.plan(deployments, known, observed) & self.deployments.keys()
-        for number, key in enumerate(dirty & self._planner.results.keys() & self.deployments.keys(), 1):
+        for number, key in enumerate(dirty & self.deployments.keys(), 1):
             self._decide_one(self.deployments[key])
             if number % _CHUNK == 0:
                 await asyncio.sleep(0)
 
     def _decide_one(self, deployment: ModelDeployment) -> None:
         key, observed = deployment.key, self._observed(deployment.key)
-        plans = self._planner.results[key]
-        if any(v.name not in plans for v in deployment.spec.variants):
+        plans = self._planner.plans(deployment)
+        if plans is None:
             return  # changed while it was being planned: it is dirty again
         room = self._planner.room(key)
         decision = reconcile(deployment, plans, observed, self.registry_address, room)
@@ -363,20 +368,18 @@ class PoolController:
 
     # --- What follows ---
 
-    async def _apply(self, dirty: set[str]) -> None:
-        # Routes first: what is about to go gets no new request.
+    async def _follow(self, dirty: set[str]) -> None:
+        """Decide for these ModelDeployments, say so, and route as decided."""
+        await self._decide(dirty)
+        await self._tell(dirty)
+        # Before the applications: what is about to go gets no new request.
         try:
             await self.routes.write()
         except UnavailableError as error:
             log.warning("registry lost: %s", error)
             self._see_registry(None)
-        await self._put_applications(dirty)
 
     async def _put_applications(self, dirty: set[str]) -> None:
-        if not self._applications.difference(dirty):
-            return
-        # Others may have changed their applications meanwhile, and a PUT says all of them.
-        self._mark(await self._look())
         if not await self._applications.write(dirty):
             return
         self._pause = PROGRESS_SECONDS
