@@ -18,6 +18,7 @@ from modelfleet_serving.router.settings import Settings, SettingsError, parse_se
 from modelfleet_serving.router.sources import FileSource, RegistrySource
 from modelfleet_serving.router.supervisor import process_id, reserve_port, running
 from modelfleet_serving.router.table import TableError
+from modelfleet_serving.router.tls import check_files
 from modelfleet_serving.router_native import available
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _SWITCH_SECONDS: Final = 0.0005
 
 async def serve(settings: Settings) -> None:
     """Runs until it is told to stop, then drains."""
+    check_files(settings)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from modelfleet_serving.router.response import FramingError, ResponseHead
+from modelfleet_serving.router.tls import engine_context
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
@@ -132,12 +133,20 @@ class Connector:
     """Opens connections and bounds the idle ones."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, *, connect_timeout: float, idle_limit: int, idle_timeout: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        connect_timeout: float,
+        idle_limit: int,
+        idle_timeout: float,
+        authority: str = "",
     ) -> None:
+        """``authority``: file of the certificates that engines' must be signed by; empty for the system's."""
         self._loop = loop
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
         self._idle_timeout = idle_timeout
+        self._authority = authority
         self._tls: ssl.SSLContext | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._pools: set[EndpointRef] = set()
@@ -152,7 +161,7 @@ class Connector:
     async def _open(self, endpoint: EndpointRef, exchange: Exchange) -> None:
         options: dict[str, Any] = {}
         if endpoint.tls:
-            options = {"ssl": self._context(), "server_hostname": endpoint.host}
+            options = {"ssl": self.tls(), "server_hostname": endpoint.host}
         try:
             async with asyncio.timeout(self._connect_timeout):
                 connection = UpstreamConnection(endpoint)
@@ -167,9 +176,10 @@ class Connector:
             if not exchange.on_connected(endpoint, connection):
                 self.keep(connection)
 
-    def _context(self) -> ssl.SSLContext:
+    def tls(self) -> ssl.SSLContext:
+        """The context of connections to engines behind https."""
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            self._tls = engine_context(self._authority)
         return self._tls
 
     def keep(self, connection: UpstreamConnection) -> None:

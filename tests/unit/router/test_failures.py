@@ -251,3 +251,21 @@ async def test_idle_engines_are_checked() -> None:
         for _ in range(10):
             assert (await checked.ask()).json()["engine"] == "good"
         assert (await checked.stats()).retries == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [b"x" * 200_000, b"", b"HTTP/1.1 ", b"\r\n\r\n", b"HTTP/1.1 503 No\r\n\r\n"]
+)
+async def test_no_answer_to_a_health_check_ends_them(answer: bytes) -> None:
+    async def sick(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with harness(health_interval=0.01) as router:
+        one, two = await router.engine("r1", sick), await router.engine("r2")
+        await router.table(model(a=[one, two]))
+        refs = router.worker.table.models["m"].variants["a"].endpoints
+        await until(lambda: refs[0].limit == 0)
+        seen = len(two.requests)
+        await until(lambda: len(two.requests) > seen + 2)
