@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from modelfleet_operator.api import AcceleratorGroup, ServingPool, duration_seconds
 from modelfleet_operator.api.base import GROUP
-from modelfleet_operator.api.serving_pool import RayClusterSpec, Toleration
+from modelfleet_operator.api.serving_pool import GcsFaultTolerance, RayClusterSpec, Toleration
 from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.catalog.engines import default_version
 from modelfleet_operator.planner.inputs import ray_resource
@@ -103,14 +103,19 @@ def labels_of(pool: ServingPool) -> dict[str, str]:
 def token_secret(pool: ServingPool, token: str) -> dict[str, Any]:
     """The Secret with the cluster's token."""
     return {
-        "metadata": {
-            "name": token_secret_name(pool),
-            "namespace": pool.metadata.namespace,
-            "labels": labels_of(pool),
-            "ownerReferences": [owner_reference(pool)],
-        },
+        "metadata": _metadata(pool, token_secret_name(pool)),
         "type": "Opaque",
         "stringData": {TOKEN_KEY: token},
+    }
+
+
+def _metadata(pool: ServingPool, name: str) -> dict[str, Any]:
+    """Of a child of the pool, which goes with it."""
+    return {
+        "name": name,
+        "namespace": pool.metadata.namespace,
+        "labels": labels_of(pool),
+        "ownerReferences": [owner_reference(pool)],
     }
 
 
@@ -150,20 +155,16 @@ def ray_cluster(
         ],
     }
     if spec.gcs_fault_tolerance is not None:
-        tolerance = spec.gcs_fault_tolerance
-        body["gcsFaultToleranceOptions"] = {"redisAddress": tolerance.redis_address}
-        if tolerance.password is not None:
-            secret = {"secretKeyRef": {"name": tolerance.password.name, "key": tolerance.password.key}}
-            body["gcsFaultToleranceOptions"]["redisPassword"] = {"valueFrom": secret}
-    return {
-        "metadata": {
-            "name": cluster_name(pool),
-            "namespace": pool.metadata.namespace,
-            "labels": labels_of(pool),
-            "ownerReferences": [owner_reference(pool)],
-        },
-        "spec": body,
-    }
+        body["gcsFaultToleranceOptions"] = _fault_tolerance(spec.gcs_fault_tolerance)
+    return {"metadata": _metadata(pool, cluster_name(pool)), "spec": body}
+
+
+def _fault_tolerance(tolerance: GcsFaultTolerance) -> dict[str, Any]:
+    options: dict[str, Any] = {"redisAddress": tolerance.redis_address}
+    if tolerance.password is not None:
+        secret = {"name": tolerance.password.name, "key": tolerance.password.key}
+        options["redisPassword"] = {"valueFrom": {"secretKeyRef": secret}}
+    return options
 
 
 def _autoscaled(running: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
