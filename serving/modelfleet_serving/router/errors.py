@@ -56,7 +56,7 @@ class RequestError(Exception):
 
     def body(self, *, anthropic: bool = False) -> bytes:
         """JSON body: OpenAI's error object, or Anthropic's for its messages endpoint."""
-        kind = _TYPES.get(self.status, "api_error")
+        kind = _TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "api_error")
         if anthropic:
             return _encode(
                 {

@@ -46,6 +46,7 @@ HEADER_CODES: Final[dict[bytes, int]] = {
     b"trailer": _DROP,
     b"http2-settings": _DROP,
     b"content-type": _KEEP,
+    b"content-encoding": _KEEP,
     b"origin": _KEEP,
     b"authorization": _TAKE,
     b"x-api-key": _TAKE,
@@ -74,6 +75,8 @@ class Request:
         special: values of the headers the router knows, by lower-case name.
         length: of the body as announced, -1 when it comes in chunks.
         body: the whole body, once it is complete.
+        size: of the body that has come so far.
+        wire: bytes that have come of it all, framing included.
         held: bytes of it that count against the worker's limit.
     """
 
@@ -90,6 +93,7 @@ class Request:
     upgrades = False
     complete = False
     size = 0
+    wire = 0
     held = 0
     body = b""
     tenant: Tenant | None = None

@@ -25,6 +25,9 @@ _SMALL_BODY: Final = 64 * 1024
 _LINGER_BYTES: Final = 4 * 1024 * 1024
 _LINGER_SECONDS: Final = 2.0
 _MAX_TRAILERS: Final = 64
+_MAX_FRAMING: Final = 1024 * 1024
+_FRAMING_RATIO: Final = 16
+"""Bytes on the wire for one of a body that may come in chunks of one byte, beyond the first MiB."""
 _MIN_BODY_RATE: Final = 1024.0
 _NEVER: Final = float("inf")
 
@@ -83,10 +86,13 @@ class ClientConnection:
         worker = self.worker
         if worker.access_log is not None:
             self.peer = format_peer(transport.get_extra_info("peername"))
-        worker.clients.add(self)
-        if len(worker.clients) > worker.settings.max_connections:
+        if len(worker.clients) >= worker.settings.max_connections:
             error = RequestError(503, "too many connections", code="too_many_connections", retry_after=1.0)
             self.respond_error(error, keep_alive=False)
+            # It is no client: while it lingers it must not keep others out.
+            worker.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+            return
+        worker.clients.add(self)
         self.deadline = self.worker.loop.time() + self.worker.settings.header_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason makes no difference
@@ -123,11 +129,11 @@ class ClientConnection:
             self._on_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             self._refuse(error)
+        if self._request is not None:
+            self._watch_progress(len(data))
         if self.exchange is None:
             if self._pending:
                 self._next()
-            elif self._request is not None:
-                self._watch_progress(len(data))
         elif self._pending and not self._reading_paused:
             # Pipelined requests wait in memory: the client has to wait as well.
             self._reading_paused = True
@@ -190,9 +196,7 @@ class ClientConnection:
             self._check_upgrade(request)
         settings = self.worker.settings
         if sum(map(len, request.lines)) > settings.max_header_bytes:
-            raise RequestError(
-                431, f"headers exceed {settings.max_header_bytes} bytes", code="headers_too_large"
-            )
+            raise _headers_too_large(settings.max_header_bytes)
         if request.length > settings.max_body_bytes:
             raise self._too_large()
         self.worker.tenancy.identify(request)
@@ -200,9 +204,9 @@ class ClientConnection:
             raise request.refusal
         if self.worker.buffered + request.length > settings.max_buffered_bytes:
             raise _overloaded()
-        if request.expects_continue and not request.http10 and self.exchange is None:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.deadline = request.received_at + settings.body_timeout
+        request.size = 0
+        if self.exchange is None and not self._pending:
+            self._ask_for_body(request)
 
     def on_body(self, data: bytes) -> None:
         """A piece of its body."""
@@ -311,20 +315,31 @@ class ClientConnection:
             self._let_go(self._request.held)
         self._request = None
 
+    def _ask_for_body(self, request: Request) -> None:
+        """It is a request's turn, and its body may still have to come."""
+        self.deadline = request.received_at + self.worker.settings.body_timeout
+        if request.expects_continue and not request.http10 and not request.size:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     def _watch_progress(self, size: int) -> None:
+        """Bounds a request that isn't whole yet, also while an earlier one is still being answered."""
         request = self._request
         assert request is not None  # noqa: S101 - checked by the caller
         settings = self.worker.settings
+        request.wire += size
+        error = None
         if not request.complete:
-            self.deadline = request.received_at + settings.header_timeout
-            request.size += size
-            if request.size > settings.max_header_bytes:
-                error = RequestError(
-                    431, f"headers exceed {settings.max_header_bytes} bytes", code="headers_too_large"
-                )
-                self._forget_body()
-                self._pending.append(error)
-                self._next()
+            if self.exchange is None:
+                self.deadline = request.received_at + settings.header_timeout
+            if request.wire > settings.max_header_bytes:
+                error = _headers_too_large(settings.max_header_bytes)
+        elif request.wire > _MAX_FRAMING + _FRAMING_RATIO * request.size:
+            # Trailers and extensions are gathered or skipped by the parser, and belong to no body.
+            error = RequestError(400, "too much framing for so little body", code="malformed_http")
+        if error is not None:
+            self._closing = True
+            self._forget_body()
+            self._pending.append(error)
 
     def _next(self) -> None:
         """Starts the next request that waits parsed."""
@@ -348,7 +363,16 @@ class ClientConnection:
         if self._pending:
             self.worker.loop.call_soon(self._resume_pipeline)
             return
-        self.deadline = self.worker.loop.time() + self.worker.settings.keepalive_timeout
+        now = self.worker.loop.time()
+        self.deadline = now + self.worker.settings.keepalive_timeout
+        request = self._request
+        if request is not None:
+            # Its time begins only now: nobody read on while the answer before it was in the way.
+            request.received_at = now
+            if request.complete:
+                self._ask_for_body(request)
+            else:
+                self.deadline = now + self.worker.settings.header_timeout
 
     def _resume_pipeline(self) -> None:
         if self.exchange is not None or self.transport.is_closing():
@@ -414,7 +438,7 @@ class ClientConnection:
         if self.full and now - self.full_since > self.worker.settings.write_timeout:
             self.transport.abort()
             return
-        if self.deadline > now:
+        if self.deadline > now or self.exchange is not None:
             return
         request = self._request
         if self._closing:
@@ -430,6 +454,10 @@ class ClientConnection:
         self._forget_body()
         self._closing = True
         self.respond_error(RequestError(408, message, code="request_timeout"), keep_alive=False)
+
+
+def _headers_too_large(limit: int) -> RequestError:
+    return RequestError(431, f"headers exceed {limit} bytes", code="headers_too_large")
 
 
 def _overloaded() -> RequestError:
