@@ -6,7 +6,15 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints
 
-from modelfleet_operator.api.base import ApiModel, Percent, PositiveInt, Quantity, Rule, quantity_value
+from modelfleet_operator.api.base import (
+    ApiModel,
+    Percent,
+    PositiveInt,
+    Quantity,
+    Rule,
+    memory_rule,
+    quantity_value,
+)
 from modelfleet_serving.contract import EngineSettings, LoraSettings
 
 EngineType = Literal["vLLM", "SGLang", "Simulator"]
@@ -110,6 +118,7 @@ class EngineSpec(ApiModel):
             check=lambda self: self.gpu_memory_percent is None or self.kv_cache_memory is None,
             field="kvCacheMemory",
         ),
+        memory_rule("kvCacheMemory", "kv_cache_memory"),
     )
 
     def over(self, base: EngineSpec | None) -> EngineSpec:

@@ -236,6 +236,22 @@ class ModelDeployment(Resource):
     status: ModelDeploymentStatus | None = None
     """Observed state; written by the operator."""
 
+    rules = (
+        *Resource.rules,
+        Rule(
+            cel=(
+                "has(self.spec.model.name) || !has(self.spec.adapters)"
+                " || self.spec.adapters.all(a, a.name != self.metadata.name)"
+            ),
+            message="an adapter must not have the name of its model, here the resource's",
+            check=lambda self: (
+                self.spec.model.name is not None
+                or all(a.name != self.metadata.name for a in self.spec.adapters)
+            ),
+            field="spec.adapters",
+        ),
+    )
+
     @property
     def model_name(self) -> str:
         """The OpenAI model id."""

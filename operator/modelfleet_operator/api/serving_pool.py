@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, StringConstraints
 
@@ -13,10 +14,23 @@ from modelfleet_operator.api.base import (
     Name,
     Quantity,
     Rule,
+    memory_rule,
 )
 from modelfleet_operator.api.model_deployment import AcceleratorType
 from modelfleet_operator.api.resource import Resource
 from modelfleet_operator.api.status import ServingPoolStatus
+
+
+def _is_url(value: str | None) -> bool:
+    """Whether an address can be called: a host, and a port that there is."""
+    if value is None:
+        return True
+    try:
+        parts = urlsplit(value)
+        return bool(parts.hostname) and (parts.port is None or 0 < parts.port < 65536) and "@" not in value
+    except ValueError:  # brackets that hold no IPv6 address, a port that is no number
+        return False
+
 
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=512)]
 Image = Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)]
@@ -76,6 +90,7 @@ class AcceleratorGroup(ApiModel):
             check=lambda self: self.min_nodes <= self.max_nodes,
             field="minNodes",
         ),
+        memory_rule("memoryPerNode", "memory_per_node"),
     )
 
 
@@ -163,6 +178,18 @@ class RaySpec(ApiModel):
                 self.address is not None or (self.registry is None and self.auth_token is None)
             ),
             field="registry",
+        ),
+        *(
+            Rule(
+                cel=(
+                    f"!has(self.{field}) || (isURL(self.{field}) && url(self.{field}).getHostname() != ''"
+                    f" && !self.{field}.contains('@'))"
+                ),
+                message=f"ray.{field} must be a URL with a host, without a user: http://ray-head:8265",
+                check=lambda self, field=field: _is_url(getattr(self, field)),
+                field=field,
+            )
+            for field in ("address", "registry")
         ),
     )
 

@@ -118,3 +118,23 @@ async def test_put_is_the_whole_set(server: tuple[Server, str, aiohttp.ClientSes
     state, url, session = server
     await RayServeClient(session, url, lambda: None).put([b'{"name":"a"}'])
     assert state.seen[0][2] == {"proxy_location": "Disabled", "applications": [{"name": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(200, {}), (200, "<html>login</html>"), (404, {"applications": {}}), (304, "")]
+)
+async def test_what_is_no_ray_is_not_an_empty_ray(
+    server: tuple[Server, str, aiohttp.ClientSession], status: int, body: Any
+) -> None:
+    state, url, session = server
+    state.status, state.body = status, body
+    client = RayServeClient(session, url, lambda: None)
+    with pytest.raises(UnavailableError):
+        await client.applications()
+
+
+async def test_a_put_that_nobody_took_is_told(server: tuple[Server, str, aiohttp.ClientSession]) -> None:
+    state, url, session = server
+    state.status = 404
+    with pytest.raises(UnavailableError, match="404"):
+        await RayServeClient(session, url, lambda: None).put([])
