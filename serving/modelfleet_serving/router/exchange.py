@@ -228,9 +228,7 @@ class Exchange:
         worker = self.worker
         endpoint = connection.endpoint
         if self.began and (head.status != 200 or not head.events):
-            worker.dispatcher.failed(endpoint, Failure.STATUS)
-            self.detach(connection)
-            failover.go_on(self, f"answered {head.status}")
+            failover.did_not_go_on(self, connection, head.status)
             return
         if head.status in _RETRIED_STATUSES:
             worker.dispatcher.failed(endpoint, Failure.STATUS)
