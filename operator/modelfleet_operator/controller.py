@@ -82,6 +82,8 @@ class PoolController:
     """Monotonic time of the loop's last turn: liveness."""
     ray_error: str = ""
     """Why Ray could not be reached at the last step."""
+    ray_reason: str = ""
+    """The same in one CamelCase word."""
     ray_lost: float | None = None
     """Monotonic time since when it could not."""
     registry_state: RegistryState | None = None
@@ -97,6 +99,8 @@ class PoolController:
     _dirty: set[str] = field(default_factory=set)
     _leaving: set[str] = field(default_factory=set)
     _decisions: dict[str, Decision] = field(default_factory=dict)
+    _faults: dict[str, str] = field(default_factory=dict)
+    """What went wrong in deciding, by ModelDeployment; never expected."""
     _unsettled: set[str] = field(default_factory=set)
     _needs: dict[str, Mapping[str, int]] = field(default_factory=dict)
     _keys_by_model: dict[str, str] = field(default_factory=dict)
@@ -158,7 +162,7 @@ class PoolController:
         self.routes.forget(key)
         self._planner.forget(key)
         self._calm.forget(key)
-        for memory in (self._decisions, self._needs):
+        for memory in (self._decisions, self._needs, self._faults):
             memory.pop(key, None)
         self._reporter.forget(key)
         self._unsettled.discard(key)
@@ -278,6 +282,9 @@ class PoolController:
                 await self._lost(str(error), "RayUnreachable")
             except RefusedError as error:
                 await self._lost(str(error), "RayRefused")
+            except Exception as error:
+                log.exception("pool %s: the step failed", self.pool.key)  # the next pool's goes on
+                await self._lost(f"{type(error).__name__}: {error}", "InternalError")
             else:
                 self.ray_lost = None
                 if self.ray_error:
@@ -293,7 +300,7 @@ class PoolController:
             log.warning("pool %s: %s", self.pool.key, message)
         if self.ray_lost is None:
             self.ray_lost = time.monotonic()
-        self.ray_error = message
+        self.ray_error, self.ray_reason = message, reason
         self.on_change()
         reports = unreachable(self.deployments.values(), self._decisions, reason, message)
         await self._reporter.tell(reports)
@@ -317,7 +324,7 @@ class PoolController:
                 dirty |= changed
                 await self._follow(changed)
                 await self._put_applications(dirty)
-        except ClientError:
+        except Exception:
             self._dirty |= dirty
             raise
         self._let_go()
@@ -342,9 +349,20 @@ class PoolController:
         known = self.facts.get(sources)
         dirty |= await self._planner.plan(deployments, known, observed) & self.deployments.keys()
         for number, key in enumerate(dirty & self.deployments.keys(), 1):
-            self._decide_one(self.deployments[key])
+            self._decide_guarded(self.deployments[key])
             if number % _CHUNK == 0:
                 await asyncio.sleep(0)
+
+    def _decide_guarded(self, deployment: ModelDeployment) -> None:
+        """Decide; a fault met with one ModelDeployment leaves it as it is, and all others alone."""
+        try:
+            self._decide_one(deployment)
+        except Exception as error:
+            ERRORS.labels(reason="InternalError").inc()
+            log.exception("%s can't be decided", deployment.key)
+            self._faults[deployment.key] = f"{type(error).__name__}: {error}"
+        else:
+            self._faults.pop(deployment.key, None)
 
     def _decide_one(self, deployment: ModelDeployment) -> None:
         key, observed = deployment.key, self._observed(deployment.key)
@@ -388,7 +406,13 @@ class PoolController:
 
     async def _tell(self, keys: Iterable[str]) -> None:
         deployments = [d for key in keys if (d := self.deployments.get(key))]
-        await self._reporter.tell(decided(deployments, self._decisions, self.routes.refused))
+        faulty = [d for d in deployments if d.key in self._faults]
+        sound = [d for d in deployments if d.key not in self._faults]
+        reports = decided(sound, self._decisions, self.routes.refused)
+        for deployment in faulty:
+            fault = self._faults[deployment.key]
+            reports += unreachable([deployment], self._decisions, "InternalError", fault)
+        await self._reporter.tell(reports)
 
     def _let_go(self) -> None:
         for key in list(self._leaving):

@@ -271,7 +271,8 @@ class ModelDeployment(Resource):
 
     def needs_facts(self, variant: Variant) -> bool:
         """Whether the plan depends on the checkpoint; the simulator reads none."""
-        return self.engine(variant).type != "Simulator"
+        chosen = (engine.type for engine in (variant.engine, self.spec.engine) if engine and engine.type)
+        return next(chosen, "") != "Simulator"
 
     def weight(self, variant: Variant) -> int:
         """Weight of a variant for the bare model name; all alike where none are given."""

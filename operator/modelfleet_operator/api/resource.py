@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from modelfleet_operator.api.base import MAX_NAME_LENGTH, ApiModel, Rule
 from modelfleet_operator.api.metadata import Metadata
@@ -18,7 +18,7 @@ class Resource(ApiModel):
     metadata: Metadata
     """Name and namespace."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             cel=f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
             message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters",

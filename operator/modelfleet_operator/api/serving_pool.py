@@ -20,6 +20,10 @@ from modelfleet_operator.api.model_deployment import AcceleratorType
 from modelfleet_operator.api.resource import Resource
 from modelfleet_operator.api.status import ServingPoolStatus
 
+HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=512)]
+Image = Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)]
+Label = Annotated[str, StringConstraints(max_length=253)]
+
 
 def _is_url(value: str | None) -> bool:
     """Whether an address can be called: a host, and a port that there is."""
@@ -32,9 +36,17 @@ def _is_url(value: str | None) -> bool:
         return False
 
 
-HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=512)]
-Image = Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)]
-Label = Annotated[str, StringConstraints(max_length=253)]
+def _url_rule(field: str) -> Rule:
+    """The rule that a field of `ray` is an address that can be called."""
+    return Rule(
+        cel=(
+            f"!has(self.{field}) || (isURL(self.{field}) && url(self.{field}).getHostname() != ''"
+            f" && !self.{field}.contains('@'))"
+        ),
+        message=f"ray.{field} must be a URL with a host, without a user: http://ray-head:8265",
+        check=lambda self: _is_url(getattr(self, field)),
+        field=field,
+    )
 
 
 class SecretKey(ApiModel):
@@ -179,18 +191,8 @@ class RaySpec(ApiModel):
             ),
             field="registry",
         ),
-        *(
-            Rule(
-                cel=(
-                    f"!has(self.{field}) || (isURL(self.{field}) && url(self.{field}).getHostname() != ''"
-                    f" && !self.{field}.contains('@'))"
-                ),
-                message=f"ray.{field} must be a URL with a host, without a user: http://ray-head:8265",
-                check=lambda self, field=field: _is_url(getattr(self, field)),
-                field=field,
-            )
-            for field in ("address", "registry")
-        ),
+        _url_rule("address"),
+        _url_rule("registry"),
     )
 
 

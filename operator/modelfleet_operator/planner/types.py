@@ -19,6 +19,7 @@ class Rule(enum.StrEnum):
     # The model
     MODEL_UNAVAILABLE = "ModelUnavailable"
     READING_MODEL = "ReadingModel"
+    PLANNER_FAILED = "PlannerFailed"
     ARCHITECTURE_NOT_SUPPORTED = "ArchitectureNotSupported"
     ADAPTERS_NOT_SUPPORTED = "AdaptersNotSupported"
     QUANTIZATION_MISMATCH = "QuantizationMismatch"

@@ -6,10 +6,13 @@ holds its engine. The image is chosen by a custom Ray resource of the engine bes
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from modelfleet_operator.api import AcceleratorGroup, ServingPool, duration_seconds
 from modelfleet_operator.api.base import GROUP
@@ -21,6 +24,7 @@ from modelfleet_operator.reconcile.applications import engine_resource
 from modelfleet_serving.contract import REGISTRY_PORT
 
 POOL_LABEL: Final = f"{GROUP}/pool"
+APPLIED: Final = f"{GROUP}/applied"
 DASHBOARD_PORT: Final = 8265
 TOKEN_KEY: Final = "auth_token"  # noqa: S105  the key's name is KubeRay's
 MARKS_PER_NODE: Final = 1000
@@ -133,7 +137,20 @@ def ray_cluster(
     spec = pool.spec.ray.cluster
     if spec is None:
         raise ValueError(f"pool {pool.key} has the address of a cluster that is there already")
-    replicas = _autoscaled(running)
+    body = _spec(pool, spec, images, {})
+    # Of everything we ask for: without it nobody would see that a field is no longer wanted.
+    content = msgspec.json.encode(body, order="deterministic")
+    metadata = _metadata(pool, cluster_name(pool))
+    metadata["annotations"] = {APPLIED: hashlib.sha256(content).hexdigest()[:16]}
+    return {"metadata": metadata, "spec": _spec(pool, spec, images, _autoscaled(running))}
+
+
+def _spec(
+    pool: ServingPool,
+    spec: RayClusterSpec,
+    images: EngineImages,
+    replicas: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
     body: dict[str, Any] = {
         "rayVersion": spec.version,
         "enableInTreeAutoscaling": True,
@@ -156,7 +173,7 @@ def ray_cluster(
     }
     if spec.gcs_fault_tolerance is not None:
         body["gcsFaultToleranceOptions"] = _fault_tolerance(spec.gcs_fault_tolerance)
-    return {"metadata": _metadata(pool, cluster_name(pool)), "spec": body}
+    return body
 
 
 def _fault_tolerance(tolerance: GcsFaultTolerance) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import msgspec
 import pytest
 from tests.unit.operator.test_pure import deployment, pool
 
+from modelfleet_operator import controller as controller_module
+from modelfleet_operator.api import ModelDeployment
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
 from modelfleet_operator.controller import PoolController
@@ -148,3 +150,31 @@ async def test_routes_are_written_although_ray_is_away(monkeypatch: pytest.Monke
         with pytest.raises(aiohttp.ClientConnectionError):
             await world.controller.step()
         assert [v.name for v in world.registry.routes[-1].variants] == ["b"]
+
+
+async def test_a_fault_met_with_one_is_told_there_and_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        decide = controller_module.reconcile
+
+        def odd(wanted: ModelDeployment, *args: Any) -> Any:
+            if wanted.key == "default/m1":
+                raise ZeroDivisionError("odd")
+            return decide(wanted, *args)
+
+        monkeypatch.setattr(controller_module, "reconcile", odd)
+        for number in range(3):
+            world.want(f"m{number}")
+        await world.controller.step()
+        assert {name.split(".")[1] for name in world.ray.running} == {"m0", "m2"}
+        told = {r.deployment.key: {f.type: f for f in r.findings} for r in world.reports}
+        ready = told["default/m1"]["Ready"]
+        assert (ready.status, ready.reason) == ("Unknown", "InternalError")
+        assert "ZeroDivisionError: odd" in ready.message
+        assert "default/m1 can't be decided" in caplog.text
+        monkeypatch.setattr(controller_module, "reconcile", decide)
+        world.want("m1")
+        await world.controller.step()
+        assert {name.split(".")[1] for name in world.ray.running} == {"m0", "m1", "m2"}

@@ -267,11 +267,21 @@ class TestRayCluster:
     def test_only_fields_of_ours_differ(self) -> None:
         wanted = self.build()
         actual = json.loads(json.dumps(wanted))
-        actual["metadata"]["annotations"] = {"theirs": "x"}
+        actual["metadata"]["annotations"]["theirs"] = "x"
         actual["spec"]["suspend"] = False
         assert not differs(wanted, actual)
         actual["spec"]["workerGroupSpecs"][0]["maxReplicas"] = 99
         assert differs(wanted, actual)
+
+    def test_a_field_that_is_no_longer_wanted_differs(self) -> None:
+        running = self.build()
+        spec = self.MADE.spec.ray.cluster
+        assert spec is not None
+        for gone in ({"env_from_secrets": []}, {"gcs_fault_tolerance": None}, {"model_claims": []}):
+            ray = self.MADE.spec.ray.model_copy(update={"cluster": spec.model_copy(update=gone)})
+            pool = self.MADE.model_copy(update={"spec": self.MADE.spec.model_copy(update={"ray": ray})})
+            images = engine_images(spec, "head:1", "vllm:1", "sglang:1")
+            assert differs(ray_cluster(pool, images, running), running), gone
 
 
 class TestPending:
