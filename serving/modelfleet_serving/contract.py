@@ -39,6 +39,10 @@ HEADER_REPLICA: Final = "x-modelfleet-replica"
 HEADER_FALLBACK: Final = "x-modelfleet-fallback"
 HEADER_PRIORITY: Final = "x-modelfleet-priority"
 HEADER_SESSION: Final = "x-modelfleet-session"
+HEADER_TIMEOUT: Final = "x-modelfleet-timeout"
+"""Seconds that a client gives its request, as a decimal number."""
+HEADER_KEEP_ALIVE: Final = "x-modelfleet-keepalive"
+"""Seconds of silence after which a streaming client wants a comment, as a decimal number."""
 HEADER_REQUEST_ID: Final = "x-request-id"
 
 

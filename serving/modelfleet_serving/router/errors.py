@@ -75,6 +75,19 @@ class RequestError(Exception):
         return self.headers + b"retry-after: %d\r\n" % max(1, -int(-self.retry_after // 1))
 
 
+def error_object(status: int, body: bytes, *, anthropic: bool = False) -> bytes:
+    """The JSON of an engine's error answer on one line, in the caller's form where it isn't already."""
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("error"), dict):
+        return _encode(found)
+    text = body[:1000].decode("utf-8", "replace").strip()
+    message = f"the engine answered {status}" + (f": {text}" if text else "")
+    return RequestError(status, message, code="engine_failed").body(anthropic=anthropic)
+
+
 STATUS_LINES: Final[dict[int, bytes]] = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }

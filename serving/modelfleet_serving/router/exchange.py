@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_TIMEOUT
 from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
 from modelfleet_serving.router.api import OPERATIONS, Operation
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
 from modelfleet_serving.router.reply import Reply
+from modelfleet_serving.router.request import MAX_REQUEST_ID
 from modelfleet_serving.router.routing import find_target, prepare_usage
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
 
 _NEVER: Final = math.inf
+_TIMEOUT: Final = HEADER_TIMEOUT.encode()
+_KEEP_ALIVE: Final = HEADER_KEEP_ALIVE.encode()
 _JOIN_LIMIT: Final = 64 * 1024
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503, 504})
 
@@ -90,7 +94,9 @@ class Exchange:
         self.client = client
         self.worker = client.worker
         self.request = request
-        self.request_id = request.special.get(b"x-request-id") or self.worker.next_request_id()
+        self.request_id = request.special.get(b"x-request-id", b"")
+        if not 0 < len(self.request_id) <= MAX_REQUEST_ID:
+            self.request_id = self.worker.next_request_id()
         self.started = request.received_at
         self.routed = self.finished = self.tunnel = self.prompt_read = self.strip_usage = False
         self.fresh_retry = False
@@ -144,11 +150,13 @@ class Exchange:
 
     def _read_options(self) -> None:
         special = self.request.special
-        if b"x-modelfleet-timeout" in special:
-            self.expires = self.started + _seconds(self.request, "x-modelfleet-timeout")
-        if b"x-modelfleet-keepalive" in special and self.peek is not None and self.peek.streams:
-            self.keep_alive_seconds = _seconds(self.request, "x-modelfleet-keepalive")
+        if _TIMEOUT in special:
+            self.expires = self.started + _seconds(self.request, HEADER_TIMEOUT)
+        if _KEEP_ALIVE in special and self.peek is not None and self.peek.streams:
+            self.keep_alive_seconds = _seconds(self.request, HEADER_KEEP_ALIVE)
             self._next_comment = self.started + self.keep_alive_seconds
+            if not self.request.http10:
+                self.worker.dispatcher.waiting.kept_alive.add(self)
 
     def _admit(self, tenant: Tenant) -> None:
         self.salt = tenant.name
@@ -329,12 +337,17 @@ class Exchange:
         return reply.chunk_time
 
     def comfort(self, now: float) -> bool:
-        """Sends a comment to a client that asked for signs of life; False once its stream has begun."""
-        if self.began or self.request.http10:
+        """Sends a comment to a client that asked for signs of life; False when it can't get any more.
+
+        While it waits for an engine, while that reads the prompt, and in any longer silence of a stream.
+        """
+        reply = self.reply
+        if self.finished or (reply is not None and not reply.takes_comments):
             return False
-        if now >= self._next_comment:
+        if reply is not None:
+            self._next_comment = max(self._next_comment, reply.chunk_time + self.keep_alive_seconds)
+        if now >= self._next_comment and not self.client.full:
             self._next_comment = now + self.keep_alive_seconds
-            reply = self.reply
             if reply is None:
                 reply = self.reply = Reply(self)
                 reply.open()

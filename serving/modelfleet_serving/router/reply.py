@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from modelfleet_serving.contract import HEADER_FALLBACK
-from modelfleet_serving.router import failover
 from modelfleet_serving.router.api import Kind
 from modelfleet_serving.router.continuation import Recorder, Splice, strip_usage
-from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.errors import RequestError, error_object
 from modelfleet_serving.router.relay import (
     LAST_CHUNK,
     ChunkedRelay,
+    ErrorRelay,
     EventRelay,
     PlainRelay,
     SizedRelay,
@@ -74,7 +74,9 @@ class Reply:
         self.first_byte: float | None = None
         self.chunk_time = 0.0
         self.usage: tuple[int, int] | None = None
-        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | SpliceRelay | None = None
+        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | SpliceRelay | ErrorRelay | None = (
+            None
+        )
         self.recorder: Recorder | None = None
         self.splice: Splice | None = None
         self._last_usage = b""
@@ -92,6 +94,14 @@ class Reply:
         self.transport.write(
             b"".join((_STREAM_HEAD, extra, b"x-request-id: ", exchange.request_id, b"\r\n\r\n"))
         )
+
+    @property
+    def takes_comments(self) -> bool:
+        """The client's stream stands between two events, and further ones may come."""
+        relay = self.relay
+        if relay is None:
+            return self.opened
+        return isinstance(relay, EventRelay | SpliceRelay) and not self.exchange.request.http10
 
     def comment(self, text: bytes) -> None:
         """A line that clients of event streams ignore."""
@@ -146,14 +156,13 @@ class Reply:
 
     def _begin_opened(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         if head.status != 200 or not head.events:
-            message = f"the engine answered {head.status} after the stream was opened"
-            error = RequestError(502, message, code="engine_failed")
-            failover.cut_off(self.exchange, connection, error)
-            return
-        self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
-        self._record(chunked=True)
+            self.status = head.status if head.status >= 400 else 502
+            self.relay = ErrorRelay(self, length=head.length, chunked_in=head.chunked)
+        else:
+            self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
+            self._record(chunked=True)
         connection.body = self.relay.feed
-        if rest:
+        if rest or not head.length:
             self.relay.feed(rest)
 
     def _record(self, *, chunked: bool) -> None:
@@ -261,6 +270,14 @@ class Reply:
             return True
         self.transport.write(frame(event))
         return False
+
+    def end_opened(self, body: bytes, *, reusable: bool) -> None:
+        """Ends a stream, opened before the engine's answer, with the error that this was."""
+        anthropic = self.exchange.operation.anthropic
+        event = b"data: " + error_object(self.status, body, anthropic=anthropic) + b"\n\n"
+        if anthropic:
+            event = b"event: error\n" + event
+        self.write_last(frame(event) + LAST_CHUNK, reusable=reusable)
 
     def close_stream(self, events: bytes) -> None:
         """Ends a stream whose engine died after the last of its text."""

@@ -6,21 +6,17 @@ from typing import Final
 
 from modelfleet_serving.contract import (
     HEADER_FALLBACK,
+    HEADER_KEEP_ALIVE,
     HEADER_MODEL,
     HEADER_PRIORITY,
     HEADER_REPLICA,
     HEADER_REQUEST_ID,
     HEADER_SESSION,
+    HEADER_TIMEOUT,
     HEADER_VARIANT,
 )
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.tenants import Tenant
-
-HEADER_TIMEOUT: Final = "x-modelfleet-timeout"
-"""Seconds that a client gives its request, as a decimal number."""
-
-HEADER_KEEP_ALIVE: Final = "x-modelfleet-keepalive"
-"""Seconds between comments that a streaming client wants while its request waits for an engine."""
 
 _DROP: Final = 1
 _LENGTH: Final = 3

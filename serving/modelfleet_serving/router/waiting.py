@@ -25,6 +25,7 @@ class WaitingRoom:
 
     Attributes:
         number: requests that wait.
+        kept_alive: requests whose clients asked for signs of life, waiting or not.
     """
 
     def __init__(self, worker: Worker, dispatcher: Dispatcher) -> None:
@@ -33,7 +34,7 @@ class WaitingRoom:
         self._dispatcher = dispatcher
         self._queues: dict[str, HoldingQueue[Exchange]] = {}
         self._models: dict[str, ModelRef] = {}
-        self._kept_alive: set[Exchange] = set()
+        self.kept_alive: set[Exchange] = set()
         self.number = 0
 
     def enter(self, exchange: Exchange) -> None:
@@ -79,8 +80,6 @@ class WaitingRoom:
         model.stats.requests += 1
         cells[cell] += 1
         self.number += 1
-        if exchange.keep_alive_seconds:
-            self._kept_alive.add(exchange)
         for other in pushed_out:
             self._leave(other, model)
             other.fail(_full(model, queue.retry_after(now)))
@@ -116,9 +115,9 @@ class WaitingRoom:
 
     def sweep(self, now: float) -> None:
         """Serves what became possible, comforts who asked for it, and answers those whose time is over."""
-        for exchange in tuple(self._kept_alive):
-            if exchange.finished or not exchange.comfort(now):
-                self._kept_alive.discard(exchange)
+        for exchange in tuple(self.kept_alive):
+            if not exchange.comfort(now):
+                self.kept_alive.discard(exchange)
         for name, model in tuple(self._models.items()):
             self.serve(model)
             queue = self._queues.get(name)
