@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
 
 _CONTINUABLE = (Kind.CHAT, Kind.COMPLETION)
+_USAGE_BYTES = 1024
+"""A usage object with all its details is smaller."""
 _TUNNEL = b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
@@ -41,6 +43,7 @@ class Reply:
         status: 0 before there is one.
         opened: a stream's head was sent before any engine answered, to keep the client's connection alive.
         events: the body is a stream of events.
+        pieces: of a stream of events that went out, about a token each.
         first_byte: seconds from the request to the engine's first byte.
         usage: input and output tokens by the engine's word.
         strip_usage: the client did not ask for the stream's usage event.
@@ -49,12 +52,15 @@ class Reply:
     """
 
     __slots__ = (
+        "_first_usage",
         "_last_usage",
+        "_tail",
         "chunk_time",
         "events",
         "exchange",
         "first_byte",
         "opened",
+        "pieces",
         "recorder",
         "relay",
         "splice",
@@ -79,7 +85,8 @@ class Reply:
         )
         self.recorder: Recorder | None = None
         self.splice: Splice | None = None
-        self._last_usage = b""
+        self._first_usage = self._last_usage = self._tail = b""
+        self.pieces = 0
 
     # --- The beginning ---
 
@@ -211,7 +218,11 @@ class Reply:
     # --- The body: called by the relays ---
 
     def write(self, data: bytes) -> None:
-        """Passes a piece of the body on."""
+        """Passes a piece of the body on. Its usage may stand anywhere in it, also across two pieces."""
+        read = self._tail + data
+        if USAGE_KEY in read:
+            self._last_usage = read[read.rfind(USAGE_KEY) :][:_USAGE_BYTES]
+        self._tail = read[-_USAGE_BYTES:]
         self.chunk_time = self.exchange.worker.loop.time()
         self.transport.write(data)
 
@@ -220,7 +231,10 @@ class Reply:
         now = self.exchange.worker.loop.time()
         self.stats.gap.observe(now - self.chunk_time)
         self.chunk_time = now
+        self.pieces += 1
         if USAGE_KEY in data:
+            if not self._last_usage:
+                self._first_usage = data
             self._last_usage = data
         if self.recorder is not None:
             self.recorder.add(data)
@@ -231,7 +245,7 @@ class Reply:
         if data:
             self.transport.write(data)
             if self.status == 200:
-                self._read_usage(data)
+                self._read_usage(self._tail + data if self._tail else data)
         self.exchange.answered(reusable=reusable)
 
     def without_usage(self, events: bytes) -> bytes:
@@ -242,6 +256,10 @@ class Reply:
     def _read_usage(self, last: bytes) -> None:
         usage = read_usage(last) or (read_usage(self._last_usage) if self._last_usage else None)
         if usage is not None:
+            if not usage[0] and self._first_usage:
+                # Anthropic's streams tell the input at the beginning and the output at the end.
+                first = read_usage(self._first_usage)
+                usage = (first[0] if first is not None else 0, usage[1])
             self.usage = usage
             self.stats.input_tokens += usage[0]
             self.stats.output_tokens += usage[1]

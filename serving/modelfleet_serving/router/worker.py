@@ -247,7 +247,8 @@ class Worker:
             elif reply is None or reply.first_byte is None:
                 lease.settle(now, 0, 0)
             else:
-                lease.settle(now)
+                # Cut off before its usage: what was delivered counts, or leaving early would be free.
+                lease.settle(now, None, reply.pieces if reply.events else None)
         if self.access_log is not None:
             self.access_log.record(exchange, status, seconds)
         if exchange.span is not None and self.tracing is not None:
