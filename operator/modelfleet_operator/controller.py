@@ -241,6 +241,7 @@ class PoolController:
         was_blind = self.sight.blind
         changed, models = self.sight.see_registry(state)
         if self.sight.blind != was_blind:
+            changed |= self.deployments.keys()  # also those that run nothing read what was not known
             self.on_change()
         for model in models:
             key = self._keys_by_model.get(model)
@@ -248,7 +249,7 @@ class PoolController:
             if key is not None and self._needs.get(key) != needs(self.deployments[key], self._observed(key)):
                 changed.add(key)
         self.routes.see(state.routes if state else None)
-        if changed or self.routes.due:
+        if changed or self.routes.due or (state and state.warming and self._wants_nothing()):
             self._mark(changed)
 
     async def _loop(self) -> None:
@@ -393,9 +394,15 @@ class PoolController:
         # Before the applications: what is about to go gets no new request.
         try:
             await self.routes.write()
+            if self._wants_nothing() and self.registry_state and self.registry_state.warming:
+                await self.registry.complete_routes()  # or it tells routers nothing until there is a first one
         except UnavailableError as error:
             log.warning("registry lost: %s", error)
             self._see_registry(None)
+
+    def _wants_nothing(self) -> bool:
+        """Whether there is no ModelDeployment, not even one that can't be understood."""
+        return not self.deployments and not self.routes.held
 
     async def _put_applications(self, dirty: set[str]) -> None:
         if not await self._applications.write(dirty):

@@ -167,8 +167,9 @@ class _Placement:
         self.asked.add(key)
         group = self.groups.get(preference.type)
         if group is None:
+            there = f", only {', '.join(sorted(self.groups))}" if self.groups else ""
             found: Sized | Rejection = Rejection(
-                preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}"
+                preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}{there}"
             )
         else:
             found = self._size(preference, group)

@@ -188,9 +188,14 @@ def _ready(
         row for row in rows if row.reason not in ("Serving", "ScaledToZero") or rollouts[row.name].progressing
     ]
     if not waiting:
-        return Finding("Ready", "True", "AllVariantsReady")
-    if observed.blind:
-        return Finding("Ready", "Unknown", "RegistryUnavailable")
+        ready = ", ".join(f"{r.name}: {r.ready_replicas}/{r.replicas} replicas" for r in rows)
+        return Finding("Ready", "True", "AllVariantsReady", ready)
+    refused = [row for row in waiting if row.revision is None]
+    if observed.blind and not refused:
+        unseen = "the registry can't be reached or has just started: what runs goes on"
+        return Finding("Ready", "Unknown", "RegistryUnavailable", unseen)
+    # What can't run at all is said first: it will not pass by waiting.
+    waiting = [*refused, *(row for row in waiting if row not in refused)]
     first = waiting[0]
     reason = first.reason if first.reason not in ("Serving", "ScaledToZero") else "RollingOut"
     message = "; ".join(f"{r.name}: {r.message or r.reason}" for r in waiting)
