@@ -395,7 +395,7 @@ class PoolController:
         try:
             await self.routes.write()
             if self._wants_nothing() and self.registry_state and self.registry_state.warming:
-                await self.registry.complete_routes()  # or it tells routers nothing until there is a first one
+                await self.routes.complete()
         except UnavailableError as error:
             log.warning("registry lost: %s", error)
             self._see_registry(None)

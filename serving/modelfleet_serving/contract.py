@@ -8,8 +8,10 @@ The HTTP interface of the registry, in one place (bearer token on every call but
 
 ==========================================  =================================================
 ``POST   /v1/heartbeat``                    :class:`Heartbeat` -> :class:`HeartbeatReply`
+``GET    /v1/presence/{replica}``           held open while the replica lives
 ``PUT    /v1/routes/{namespace}/{name}``    :class:`RouteSpec` -> 204, or 409 while the name is another's
 ``DELETE /v1/routes/{namespace}/{name}``    -> 204
+``POST   /v1/routes/complete``              there are no further routes, maybe none at all -> 204
 ``GET    /v1/table?epoch=E&version=V&timeout=S&router=ID``
                                             long poll -> :class:`TableUpdate`, or 304 after S seconds
 ``POST   /v1/demand``                       :class:`DemandReport` -> 204

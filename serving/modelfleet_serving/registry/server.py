@@ -99,7 +99,8 @@ class RegistryServer:
         self._state_bell = _Bell()
         self._told = (self.registry.table.version, self.registry.state_version, True)
         self._polls = 0
-        self._stopping = False
+        self._connected = 0
+        self._stopping = asyncio.Event()
         self._metrics = RegistryMetrics(self.registry, clock, lambda: self._polls)
 
     @contextlib.asynccontextmanager
@@ -127,7 +128,7 @@ class RegistryServer:
         try:
             yield
         finally:
-            self._stopping = True
+            self._stopping.set()
             self._table_bell.ring()
             self._state_bell.ring()
             ticking.cancel()
@@ -144,8 +145,10 @@ class RegistryServer:
                 web.get("/healthz", self._healthz),
                 web.get("/metrics", self._show_metrics),
                 web.post("/v1/heartbeat", self._heartbeat),
+                web.get("/v1/presence/{replica}", self._presence),
                 web.put("/v1/routes/{namespace}/{name}", self._put_route),
                 web.delete("/v1/routes/{namespace}/{name}", self._delete_route),
+                web.post("/v1/routes/complete", self._complete_routes),
                 web.get("/v1/table", self._table),
                 web.get("/v1/state", self._state),
                 web.post("/v1/demand", self._demand),
@@ -163,6 +166,22 @@ class RegistryServer:
         self._tell()
         return web.Response(body=msgspec.json.encode(reply), content_type=_JSON)
 
+    async def _presence(self, request: web.Request) -> web.StreamResponse:
+        """Held open by a replica: a process that is killed can't say goodbye, but its connections end."""
+        replica = request.match_info["replica"]
+        _check_id(replica)
+        if self._connected >= self.registry.settings.max_replicas:
+            raise TooManyError(f"{self._connected} replicas are connected")
+        self._connected += 1
+        try:
+            await self._stopping.wait()
+        except asyncio.CancelledError:
+            self.registry.disconnected(replica, self._clock())
+            raise
+        finally:
+            self._connected -= 1
+        return web.Response(status=204)
+
     async def _put_route(self, request: web.Request) -> web.StreamResponse:
         spec = msgspec.json.decode(await request.read(), type=RouteSpec)
         where = (request.match_info["namespace"], request.match_info["name"])
@@ -179,6 +198,10 @@ class RegistryServer:
         self._tell()
         return web.Response(status=204)
 
+    async def _complete_routes(self, _request: web.Request) -> web.StreamResponse:
+        self.registry.complete_routes()
+        return web.Response(status=204)
+
     async def _demand(self, request: web.Request) -> web.StreamResponse:
         report = msgspec.json.decode(await request.read(), type=DemandReport)
         _check_id(report.router)
@@ -191,7 +214,7 @@ class RegistryServer:
         router = request.query.get("router", "")
         with self._poll(router, epoch, version):
             while self.registry.warming or self.registry.table.is_current(epoch, version):
-                if self._stopping or not await self._table_bell.wait(until):
+                if self._stopping.is_set() or not await self._table_bell.wait(until):
                     return web.Response(status=304)
             body = self.registry.table.encoded_since(epoch, version)
             return web.Response(body=body, content_type=_JSON)
@@ -200,7 +223,7 @@ class RegistryServer:
         epoch, version, until = _poll_query(request)
         with self._poll("", epoch, version):
             while epoch == self.registry.epoch and version == self.registry.state_version:
-                if self._stopping or not await self._state_bell.wait(until):
+                if self._stopping.is_set() or not await self._state_bell.wait(until):
                     return web.Response(status=304)
             body = msgspec.json.encode(self.registry.state(self._clock()))
             return web.Response(body=body, content_type=_JSON)

@@ -41,6 +41,9 @@ class Settings:
     it try again after at most 2 s."""
     settle_limit: float = 60.0
     """And at the latest after so long, if it has routes."""
+    reconnect: float = 2.0
+    """A replica whose connection has ended and that isn't heard of for so long was killed: a living one reports
+    at once."""
     router_lease: float = 5.0
     """A router that neither polls nor reports for so long has ended."""
     stall: float = 2.0
@@ -82,6 +85,7 @@ class Registry:
         self._started = now
         self._news = now
         """When we last heard of something that had been there before us."""
+        self._complete = False
         self._ticked = now
         self._demand_told = now
         self._demand_dirty = False
@@ -120,6 +124,10 @@ class Registry:
             epoch=self.epoch,
         )
 
+    def disconnected(self, replica: str, now: float) -> None:
+        """The connection that a replica holds open has ended, and so may have its process."""
+        self.endpoints.shorten(replica, now + self.settings.reconnect)
+
     def put_route(self, spec: RouteSpec, now: float) -> None:
         """Set the route of a ModelDeployment.
 
@@ -140,6 +148,10 @@ class Registry:
         key = (namespace, deployment)
         if self.routes.delete(key):
             self._apply(Change(deployments=frozenset({key}), visible=True))
+
+    def complete_routes(self) -> None:
+        """There are no further routes, and it may be none: a young registry need not wait for the first."""
+        self._complete = True
 
     def demand(self, report: DemandReport, now: float) -> None:
         """Take in a router's report.
@@ -225,7 +237,7 @@ class Registry:
         return self.endpoints.count()
 
     def _settled(self, now: float) -> bool:
-        if not len(self.routes):
+        if not len(self.routes) and not self._complete:
             return False  # an operator that is away, too, is no reason to empty the routers' tables
         quiet = now - self._news >= self.settings.settle and now - self._started >= self.settings.settle
         return quiet or now - self._started >= self.settings.settle_limit
@@ -243,6 +255,8 @@ class Registry:
             if name is not None and (spec is None or spec.name != name):
                 self.table.remove(name)
                 del self._model_names[key]
+            variants = {v.name for v in spec.variants} if spec is not None else set()
+            self.endpoints.incidents.keep(key, variants | self.endpoints.variants(key))
             if spec is not None:
                 self._model_names[key] = spec.name
                 self.table.set(model_route(spec, self.endpoints.of(key)))

@@ -51,6 +51,7 @@ async def test_registry_calls(server: tuple[Server, str, aiohttp.ClientSession])
     client = RegistryClient(session, url, lambda: "secret")
     await client.put_route(ROUTE)
     await client.delete_route("n", "d")
+    await client.complete_routes()
     state.body = {"epoch": "e", "version": 3}
     assert await client.state("e", 2, 0) == RegistryState(epoch="e", version=3)
     state.status, state.body = 304, ""
@@ -59,6 +60,7 @@ async def test_registry_calls(server: tuple[Server, str, aiohttp.ClientSession])
     assert methods == [
         ("PUT", "/v1/routes/n/d"),
         ("DELETE", "/v1/routes/n/d"),
+        ("POST", "/v1/routes/complete"),
         ("GET", "/v1/state"),
         ("GET", "/v1/state"),
     ]

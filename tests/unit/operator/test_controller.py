@@ -20,7 +20,7 @@ from modelfleet_operator.facts import FactsCache, Known
 from modelfleet_operator.planner import ModelUnavailable
 from modelfleet_operator.reconcile.applications import ApplicationState
 from modelfleet_operator.reports import Report
-from modelfleet_serving.contract import RouteSpec
+from modelfleet_serving.contract import RegistryState, RouteSpec
 
 MANY = 60
 """More ModelDeployments than are planned without a thread."""
@@ -61,6 +61,10 @@ class Registry(RegistryClient):
     def __init__(self, session: aiohttp.ClientSession) -> None:
         super().__init__(session, "http://registry.invalid", lambda: None)
         self.routes: list[RouteSpec] = []
+        self.completed = 0
+
+    async def complete_routes(self) -> None:
+        self.completed += 1
 
     async def put_route(self, route: RouteSpec) -> None:
         self.routes.append(route)
@@ -150,6 +154,24 @@ async def test_routes_are_written_although_ray_is_away(monkeypatch: pytest.Monke
         with pytest.raises(aiohttp.ClientConnectionError):
             await world.controller.step()
         assert [v.name for v in world.registry.routes[-1].variants] == ["b"]
+
+
+async def test_a_registry_without_routes_is_told_that_there_are_none() -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        world.controller._see_registry(RegistryState(epoch="e", version=1, warming=True))
+        world.controller.hold("default/unclear")
+        await world.controller.step()
+        assert world.registry.completed == 0, "what can't be understood may have had a route"
+        world.controller.remove("default/unclear")
+        await world.controller.step()
+        assert world.registry.completed == 1
+        world.want("m0")
+        await world.controller.step()
+        world.controller._see_registry(RegistryState(epoch="e", version=2, warming=False))
+        world.controller.remove("default/m0")
+        await world.controller.step()
+        assert world.registry.completed == 1, "a registry that has settled needs no word"
 
 
 async def test_a_fault_met_with_one_is_told_there_and_stops_no_other(

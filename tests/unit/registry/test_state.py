@@ -182,6 +182,16 @@ class TestWarming:
             registry.tick(float(now))
         assert registry.warming
 
+    def test_it_settles_without_routes_once_it_knows_that_there_are_none(self) -> None:
+        registry = Registry("e1", now=0.0)
+        registry.complete_routes()
+        registry.tick(0.0)
+        assert registry.warming, "replicas that were there before may still turn up"
+        before = registry.state_version
+        registry.tick(60.0)
+        assert not registry.warming
+        assert registry.state_version > before, "the operator hears of it"
+
     def test_it_waits_until_nothing_turns_up_any_more(self) -> None:
         registry = Registry("e1", now=0.0)
         registry.put_route(route(), 0.0)
