@@ -49,7 +49,12 @@ async def serve(settings: Settings) -> None:
         try:
             async with running(settings, hub, host, port):
                 _announce(settings, host, port)
-                await stop.wait()
+                stopping = loop.create_task(stop.wait())
+                await asyncio.wait((stopping, following), return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                if following.done():
+                    # Without its table's source a router would serve old routes for ever: drain, and fail.
+                    following.result()
         finally:
             following.cancel()
             counters.close()
