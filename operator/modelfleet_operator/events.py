@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 CONTROLLER: Final = "modelfleet.io/operator"
 QUEUED: Final = 10_000
-_POSTERS: Final = 4
+_POSTERS: Final = 1
+"""Few: statuses go before the news of them."""
 _NOTE_LENGTH: Final = 1024
 """Longest note that the API takes."""
 _QUIET: Final = frozenset({"Progressing"})
