@@ -19,6 +19,7 @@ from modelfleet_serving.router.sources import FileSource, RegistrySource
 from modelfleet_serving.router.supervisor import process_id, reserve_port, running
 from modelfleet_serving.router.table import TableError
 from modelfleet_serving.router.tls import check_files
+from modelfleet_serving.router.tracing import check_installed
 from modelfleet_serving.router_native import available
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ _SWITCH_SECONDS: Final = 0.0005
 async def serve(settings: Settings) -> None:
     """Runs until it is told to stop, then drains."""
     check_files(settings)
+    if settings.otlp_endpoint:
+        check_installed()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

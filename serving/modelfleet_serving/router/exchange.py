@@ -126,9 +126,11 @@ class Exchange:
         request = self.request
         worker = self.worker
         try:
+            operation = OPERATIONS.get(request.path)
+            if worker.tracing is not None and operation is not None:
+                self.span = worker.tracing.begin(self)
             if request.refusal is not None:
                 raise request.refusal
-            operation = OPERATIONS.get(request.path)
             if operation is None or request.method == b"OPTIONS":
                 builtin.answer(self)
                 return
@@ -141,8 +143,6 @@ class Exchange:
             if self.tenant is not None:
                 self._admit(self.tenant)
             self.body = request.body
-            if worker.tracing is not None:
-                self.span = worker.tracing.begin(self)
             worker.active.add(self)
             worker.dispatcher.dispatch(self)
         except RequestError as error:
