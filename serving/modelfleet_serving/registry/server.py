@@ -16,11 +16,11 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from modelfleet_serving.contract import DemandReport, Heartbeat, RouteSpec
+from modelfleet_serving.contract import HEADER_TERM, DemandReport, Heartbeat, RouteSpec
 from modelfleet_serving.registry.endpoints import TooManyError, UnknownApplicationError
 from modelfleet_serving.registry.metrics import RegistryMetrics
 from modelfleet_serving.registry.routes import InvalidRouteError, RouteConflictError
-from modelfleet_serving.registry.state import Registry, Settings
+from modelfleet_serving.registry.state import Registry, Settings, SupersededError
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,6 @@ class RegistryServer:
         self._state_bell = _Bell()
         self._told = (self.registry.table.version, self.registry.state_version, True)
         self._polls = 0
-        self._connected = 0
         self._stopping = asyncio.Event()
         self._metrics = RegistryMetrics(self.registry, clock, lambda: self._polls)
 
@@ -170,20 +169,18 @@ class RegistryServer:
         """Held open by a replica: a process that is killed can't say goodbye, but its connections end."""
         replica = request.match_info["replica"]
         _check_id(replica)
-        if self._connected >= self.registry.settings.max_replicas:
-            raise TooManyError(f"{self._connected} replicas are connected")
-        self._connected += 1
+        self.registry.connected(replica)
         try:
+            answer = web.StreamResponse()
+            await answer.prepare(request)
             await self._stopping.wait()
-        except asyncio.CancelledError:
-            self.registry.disconnected(replica, self._clock())
-            raise
         finally:
-            self._connected -= 1
-        return web.Response(status=204)
+            self.registry.disconnected(replica, self._clock())
+        return answer
 
     async def _put_route(self, request: web.Request) -> web.StreamResponse:
         spec = msgspec.json.decode(await request.read(), type=RouteSpec)
+        self._heed(request)
         where = (request.match_info["namespace"], request.match_info["name"])
         if (spec.namespace, spec.deployment) != where:
             raise InvalidRouteError(
@@ -194,11 +191,13 @@ class RegistryServer:
         return web.Response(status=204)
 
     async def _delete_route(self, request: web.Request) -> web.StreamResponse:
+        self._heed(request)
         self.registry.delete_route(request.match_info["namespace"], request.match_info["name"])
         self._tell()
         return web.Response(status=204)
 
-    async def _complete_routes(self, _request: web.Request) -> web.StreamResponse:
+    async def _complete_routes(self, request: web.Request) -> web.StreamResponse:
+        self._heed(request)
         self.registry.complete_routes()
         return web.Response(status=204)
 
@@ -221,6 +220,8 @@ class RegistryServer:
 
     async def _state(self, request: web.Request) -> web.StreamResponse:
         epoch, version, until = _poll_query(request)
+        with contextlib.suppress(SupersededError):  # it may look, and learns so that it is replaced
+            self._heed(request)
         with self._poll("", epoch, version):
             while epoch == self.registry.epoch and version == self.registry.state_version:
                 if self._stopping.is_set() or not await self._state_bell.wait(until):
@@ -234,6 +235,15 @@ class RegistryServer:
     async def _show_metrics(self, _request: web.Request) -> web.StreamResponse:
         body, content_type = self._metrics.exposition()
         return web.Response(body=body, headers={"content-type": content_type})
+
+    def _heed(self, request: web.Request) -> None:
+        """Take in whose leadership an operator speaks for, where it says so."""
+        term = request.headers.get(HEADER_TERM)
+        if term is None:
+            return
+        if not term.isdecimal():
+            raise _BadRequestError(f"{HEADER_TERM}: {term!r} is no number")
+        self.registry.heed(int(term))
 
     # --- inner parts ---------------------------------------------------------------------------
 
@@ -293,6 +303,8 @@ async def _explain(request: web.Request, handler: Handler) -> web.StreamResponse
         return await handler(request)
     except RouteConflictError as error:
         return _error(409, str(error))
+    except SupersededError as error:
+        return _error(412, str(error))
     except TooManyError as error:
         return _error(429, str(error), {"retry-after": "5"})
     except (msgspec.DecodeError, InvalidRouteError, UnknownApplicationError, _BadRequestError) as error:
