@@ -352,3 +352,17 @@ class TestSettings:
 
 def test_nothing_observed_is_blind_to_nothing() -> None:
     assert not Observed().revisions("a")
+
+
+def test_what_never_worked_is_told_when_it_fails_and_not_again() -> None:
+    def found(before: str, after: str, status: str = "False") -> list[str]:
+        old = [condition("Ready", "False").model_copy(update={"reason": before})]
+        new = [condition("Ready", status).model_copy(update={"reason": after})]
+        return [c.reason for c in turned(old, [*new, condition("Fits", "True")])]
+
+    assert found("Deploying", "Starting") == []
+    assert found("Starting", "OutOfMemory") == ["OutOfMemory"]
+    assert found("OutOfMemory", "OutOfMemory") == []
+    assert found("OutOfMemory", "AllVariantsReady", "True") == ["AllVariantsReady"]
+    refused = condition("Fits", "False")
+    assert [c.type for c in turned([], [condition("Ready", "False"), refused])] == ["Fits"]
