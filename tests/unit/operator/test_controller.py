@@ -19,6 +19,7 @@ from modelfleet_operator.controller import PoolController
 from modelfleet_operator.facts import FactsCache, Known
 from modelfleet_operator.planner import ModelUnavailable
 from modelfleet_operator.reconcile.applications import ApplicationState
+from modelfleet_operator.reconcile.core import reconcile
 from modelfleet_operator.reports import Report
 from modelfleet_serving.contract import RegistryState, RouteSpec
 
@@ -179,7 +180,7 @@ async def test_a_fault_met_with_one_is_told_there_and_stops_no_other(
 ) -> None:
     async with aiohttp.ClientSession() as session:
         world = World(session)
-        decide = controller_module.reconcile
+        decide = reconcile
 
         def odd(wanted: ModelDeployment, *args: Any) -> Any:
             if wanted.key == "default/m1":

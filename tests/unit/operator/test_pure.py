@@ -277,7 +277,8 @@ class TestRayCluster:
         running = self.build()
         spec = self.MADE.spec.ray.cluster
         assert spec is not None
-        for gone in ({"env_from_secrets": []}, {"gcs_fault_tolerance": None}, {"model_claims": []}):
+        without: tuple[dict[str, Any], ...] = ({"env_from_secrets": []}, {"gcs_fault_tolerance": None})
+        for gone in without:
             ray = self.MADE.spec.ray.model_copy(update={"cluster": spec.model_copy(update=gone)})
             pool = self.MADE.model_copy(update={"spec": self.MADE.spec.model_copy(update={"ray": ray})})
             images = engine_images(spec, "head:1", "vllm:1", "sglang:1")
