@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_TIMEOUT
 from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
-from modelfleet_serving.router.api import OPERATIONS, Operation
+from modelfleet_serving.router.api import Kind, Operation, find_operation
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
 from modelfleet_serving.router.reply import Reply
 from modelfleet_serving.router.request import MAX_REQUEST_ID
 from modelfleet_serving.router.routing import find_target, prepare_usage
+from modelfleet_serving.router.stored import find_stored
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Exchange:
         order: the variants that may serve it, the chosen one first.
         fresh_retry: the engine closed an idle connection under it, and a new one is tried.
         fallback_from: the chosen variant, where another one serves it.
+        holder: the engine that keeps the response which it names.
         endpoint: the engine it is counted on.
         tried: engines that failed it.
         deadline: when the current wait is over, in loop time.
@@ -59,6 +61,7 @@ class Exchange:
         "fallback_from",
         "finished",
         "fresh_retry",
+        "holder",
         "keep_alive_seconds",
         "lease",
         "operation",
@@ -115,6 +118,7 @@ class Exchange:
         self.peek: Peek | None = None
         self.reply: Reply | None = None
         self.endpoint: EndpointRef | None = None
+        self.holder: EndpointRef | None = None
         self.upstream: UpstreamConnection | None = None
         self.fallback_from: str | None = None
         self.span: Any = None
@@ -126,7 +130,7 @@ class Exchange:
         request = self.request
         worker = self.worker
         try:
-            operation = OPERATIONS.get(request.path)
+            operation = find_operation(request.path)
             if worker.tracing is not None and operation is not None:
                 self.span = worker.tracing.begin(self)
             if request.refusal is not None:
@@ -135,16 +139,23 @@ class Exchange:
                 builtin.answer(self)
                 return
             self.operation = operation
-            if request.method != b"POST":
+            if request.method != b"POST" or operation.kind is Kind.STORED:
                 builtin.check_method(request, operation)
-            self.target = find_target(self)
+            if operation.kind is Kind.STORED:
+                self.holder = find_stored(self)
+                self.target = worker.table.resolve(self.holder.variant.model.name)
+            else:
+                self.target = find_target(self)
             self.routed = True
             self._read_options()
             if self.tenant is not None:
                 self._admit(self.tenant)
             self.body = request.body
             worker.active.add(self)
-            worker.dispatcher.dispatch(self)
+            if operation.kind is Kind.STORED and self.holder is not None:
+                worker.dispatcher.assign(self, self.holder)
+            else:
+                worker.dispatcher.dispatch(self)
         except RequestError as error:
             self.fail(error)
 
@@ -306,7 +317,7 @@ class Exchange:
         if reply is not None and (reply.opened or reply.first_byte is not None):
             failover.cut_off(self, self.upstream, error)
             return
-        operation = OPERATIONS.get(self.request.path)
+        operation = find_operation(self.request.path)
         headers = b"content-type: application/json\r\n" + error.extra_headers()
         body = error.body(anthropic=operation is not None and operation.anthropic)
         self.answer(error.status, headers, body)
