@@ -52,7 +52,7 @@ class _Lock(LeaseLock):  # type: ignore[misc]  # published without types
         except (aiohttp.ClientError, TimeoutError) as error:
             return self._away(str(error) or "no answer")
         if isinstance(found[1], ApiException) and found[1].status != HTTPStatus.NOT_FOUND:
-            # Also 403: an API server that starts knows no roles for a moment. Whoever can't read the Lease does
+            # Also 403: an API server that starts knows no roles for a moment. Who can't read the Lease does
             # not know who leads.
             return self._away(str(found[1].reason))
         self.leadership.cut_off = False
