@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_TIMEOUT
+from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_PRIORITY, HEADER_TIMEOUT
 from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
 from modelfleet_serving.router.api import Kind, Operation, find_operation
@@ -16,6 +16,7 @@ from modelfleet_serving.router.request import MAX_REQUEST_ID
 from modelfleet_serving.router.routing import find_target, prepare_usage
 from modelfleet_serving.router.stored import find_stored
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
+from modelfleet_serving.router.waiting import read_priority
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.body import Peek
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _NEVER: Final = math.inf
 _TIMEOUT: Final = HEADER_TIMEOUT.encode()
+_PRIORITY: Final = HEADER_PRIORITY.encode()
 _KEEP_ALIVE: Final = HEADER_KEEP_ALIVE.encode()
 _JOIN_LIMIT: Final = 64 * 1024
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503, 504})
@@ -163,6 +165,8 @@ class Exchange:
         special = self.request.special
         if _TIMEOUT in special:
             self.expires = self.started + _seconds(self.request, HEADER_TIMEOUT)
+        if _PRIORITY in special:
+            read_priority(self)  # refused whether it has to wait or not
         if _KEEP_ALIVE in special and self.peek is not None and self.peek.streams:
             self.keep_alive_seconds = _seconds(self.request, HEADER_KEEP_ALIVE)
             self._next_comment = self.started + self.keep_alive_seconds
