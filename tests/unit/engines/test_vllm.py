@@ -217,7 +217,7 @@ def test_pooling_tasks_start_the_pooling_runner(task: Task) -> None:
         (
             {"args": {"limit-mm-per-prompt.image": 2}},
             "engine.args.limit-mm-per-prompt.image",
-            "multimodalLimits",
+            "engine.multimodal",
         ),
         ({"args": {"--seed": 5}}, "engine.args.--seed", "without leading dashes"),
         ({"args": {"seed": 1, "no-seed": True}}, "engine.args.no-seed", "same option as engine.args.seed"),
@@ -226,7 +226,7 @@ def test_pooling_tasks_start_the_pooling_runner(task: Task) -> None:
         ({"args": {"middleware": ["--port"]}}, "engine.args.middleware", "begin with a dash"),
         ({"args": {"api-key": "s"}}, "engine.args.api-key", "the router"),
         ({"env": {"VLLM_API_KEY": "s"}}, "engine.env.VLLM_API_KEY", "the router"),
-        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "2"}}, "engine.env.VLLM_CPU_KVCACHE_SPACE", "kvCacheMemoryBytes"),
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "2"}}, "engine.env.VLLM_CPU_KVCACHE_SPACE", "kvCacheMemory"),
         (
             {"chunked_prefill": False, "max_num_batched_tokens": 100, "max_model_len": 200},
             "engine.maxNumBatchedTokens",
