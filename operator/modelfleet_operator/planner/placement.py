@@ -27,6 +27,8 @@ from modelfleet_operator.planner.unseen import Sized, cost_of
 
 Sizes = dict[tuple[object, ...], Sized | Rejection]
 """Sizes of one round of planning, by what decides about them."""
+SHOWN: Final = 8
+"""Accelerators that a message names."""
 SMALLEST_SHARE: Final = 0.05
 """Of an accelerator: the smallest step of a share."""
 
@@ -167,16 +169,22 @@ class _Placement:
         self.asked.add(key)
         group = self.groups.get(preference.type)
         if group is None:
-            there = f", only {', '.join(sorted(self.groups))}" if self.groups else ""
-            found: Sized | Rejection = Rejection(
-                preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}{there}"
-            )
+            text = f"the pool has no {preference.type}{self._what_there_is(preference.type)}"
+            found: Sized | Rejection = Rejection(preference.type, Rule.NOT_IN_POOL, text)
         else:
             found = self._size(preference, group)
         if isinstance(found, Sized):
             yield found
         elif not quietly:
             self.rejections.append(found)
+
+    def _what_there_is(self, asked: str) -> str:
+        like = next((name for name in self.groups if name.casefold() == asked.casefold()), None)
+        if like is not None:
+            return f": write {like}"
+        names = sorted(self.groups, key=lambda name: (accelerator(name) is None, name))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return f", only {', '.join(names[:SHOWN])}{more}" if names else ""
 
     def _size(self, preference: AcceleratorPreference, group: AcceleratorGroup) -> Sized | Rejection:
         """The same variant on the same accelerator is sized once, however many deployments have it."""

@@ -261,3 +261,26 @@ def test_options_that_something_else_sets_are_refused_before_a_node_is_bought(
         assert all(word in result.message for word in words)
         assert "geheim" not in result.message
         assert not result.retryable
+
+
+def test_a_kv_cache_that_no_gpu_has_room_for_is_refused() -> None:
+    for gib, fits in ((20, True), (500, False)):
+        engine = EngineSettings(type="vLLM", max_model_len=8192, kv_cache_memory_bytes=gib * 2**30)
+        result = plan_variant(VariantRequest(LLAMA, engine=engine), pool("A100-80G"))
+        assert result.fits is fits
+    assert result.reason == "KVCacheDoesNotFit"
+    assert "500.0 GiB of KV cache" in result.message
+
+
+def test_an_engine_older_than_everything_known_is_refused() -> None:
+    result = plan_variant(
+        VariantRequest(LLAMA, engine=EngineSettings(type="vLLM", version="0.1.0")), pool("A10")
+    )
+    assert result.reason == "EngineNotSupported"
+    assert "0.1.0 is older than 0.20" in result.message
+
+
+def test_what_the_pool_has_is_said_where_it_lacks_what_is_asked_for() -> None:
+    there = pool("A10", "A100-80G")
+    assert plan_variant(on("a100-80g"), there).message == "the pool has no a100-80g: write A100-80G"
+    assert plan_variant(on("H100"), there).message == "the pool has no H100, only A10, A100-80G"
