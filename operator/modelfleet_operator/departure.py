@@ -46,6 +46,9 @@ async def leave(
             await asyncio.wait_for(entry.gone.wait(), LEAVE_POLL_SECONDS)
         except TimeoutError:
             continue
+    if entry.runner is not None and entry.runner in runners():
+        # Else whoever deletes the pool next is told that this one still uses it.
+        await entry.runner.leave_told(key)
     await tools.writer.release(address_of(MODEL_DEPLOYMENT, key))
 
 
