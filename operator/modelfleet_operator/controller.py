@@ -251,7 +251,7 @@ class PoolController:
             if key is not None and self._needs.get(key) != needs(self.deployments[key], self._observed(key)):
                 changed.add(key)
         self.routes.see(state.routes if state else None)
-        if changed or self.routes.due or (state and state.warming and self._wants_nothing()):
+        if changed or self._dirty or self.routes.due or (state and state.warming and self._wants_nothing()):
             self._mark(changed)
 
     async def _loop(self) -> None:
@@ -408,6 +408,8 @@ class PoolController:
 
     async def _put_applications(self, dirty: set[str]) -> None:
         if not await self._applications.write(dirty):
+            if self._applications.blocked:
+                self._dirty |= dirty
             return
         self._pause = PROGRESS_SECONDS
         self._looked = time.monotonic()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import pytest
 from tests.controlplane.bed import CommandError, wait_until
@@ -113,8 +113,28 @@ def test_room_that_is_given_back_is_used(world: World, operator: OperatorProcess
     world.wait_condition("Ready", name="second")
 
 
-def test_a_token_that_comes_later_is_read(world: World, operator: OperatorProcess) -> None:
-    world.wait_condition("Ready", name="default", resource="spool", timeout=20)
+def test_a_secret_that_comes_later_is_read(world: World) -> None:
     secret = world.cluster.get("secret", "ray-token", world.namespace)
-    assert json.dumps(secret["data"]["token"]) not in operator.text()
-    assert world.registry.token not in operator.text()
+    world.cluster.kubectl("delete", "secret", "ray-token", "-n", world.namespace)
+    world.apply(deployment())
+    with world.operator() as operator:
+        operator.wait_ready()
+        for data, complaint in ((None, "not found"), ({"tokn": secret["data"]["token"]}, "has no key token")):
+            if data is not None:
+                world.cluster.apply(_ray_token(data), namespace=world.namespace)
+            wait_until(
+                lambda text=complaint: text in world.condition("ClusterReady", "default", "spool")[2],  # type: ignore[misc]
+                timeout=20,
+                what=f"the pool says that the Secret {complaint}",
+            )
+        assert world.condition("Ready", "default", "spool")[0] != "True"
+        assert not world.ray.names(), "Ray was written to without its token"
+        world.cluster.apply(_ray_token(secret["data"]), namespace=world.namespace)
+        world.wait_condition("Ready", name="default", resource="spool", timeout=20)
+        world.wait_condition("Ready")
+        for form in (secret["data"]["token"], world.registry.token):
+            assert form not in operator.text()
+
+
+def _ray_token(data: dict[str, str]) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ray-token"}, "data": data}
