@@ -116,7 +116,24 @@ class _Placement:
                 rank = next((c.cost_rank for c in candidates if c.accelerator == plan.accelerator), 1)
                 chosen = replace(plan, cost_rank=rank)
                 return PlanResult(chosen, tuple(self.rejections), candidates, message=self._placed(chosen))
-        return self._refused(_ranked(seen))
+        return self._place_some(seen) or self._refused(_ranked(seen))
+
+    def _place_some(self, seen: list[Sized]) -> PlanResult | None:
+        """As many replicas as there is room for, where it isn't for all: better than none."""
+        replicas = self.request.replicas
+        for sized in seen if replicas > 1 else ():
+            capacity, placed = self.capacity[sized.plan.accelerator], 0
+            while placed < replicas and capacity.place(sized.demand) is not None:
+                placed += 1
+            if not placed:
+                continue
+            name = sized.plan.accelerator
+            text = f"{placed} of {replicas} replicas fit on {name}: the others wait for room"
+            plan = replace(sized.plan, placed_now=placed)
+            rejections = tuple(self.rejections)
+            candidates = _ranked(seen)
+            return PlanResult(plan, rejections, candidates, str(Rule.NONE_FREE), text, replicas - placed)
+        return None
 
     def _in_order(self) -> Iterator[tuple[AcceleratorPreference, Sized]]:
         """Ways to run the variant: where it runs now, then as preferred, or the cheapest first."""

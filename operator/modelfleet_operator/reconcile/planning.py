@@ -163,11 +163,11 @@ class PoolPlanner:
 
     def _remember(self, pair: Key, request: VariantRequest, result: PlanResult) -> None:
         self._waiting.discard(pair)
-        if result.plan is None:
-            if result.retryable:
-                self._waiting.add(pair)
-        elif request.replicas:
-            self._held[pair] = _Held(result.plan.accelerator, demand_of(result.plan), request.replicas)
+        if result.retryable:
+            self._waiting.add(pair)
+        placed = request.replicas - result.short
+        if result.plan is not None and placed:
+            self._held[pair] = _Held(result.plan.accelerator, demand_of(result.plan), placed)
 
     def _drop(self, pair: Key) -> None:
         self._requests.pop(pair, None)
