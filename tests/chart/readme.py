@@ -19,11 +19,21 @@ class Command:
     expected: str
 
 
+def section() -> str:
+    """The cluster section."""
+    return README.read_text().partition(f"\n{SECTION}\n")[2].partition("\n## ")[0]
+
+
+def reasons() -> set[str]:
+    """What its table of errors names as reasons of ours."""
+    rows = re.findall(r"^\| `([A-Z][A-Za-z]+)` as ", section(), re.MULTILINE)
+    return set(rows)
+
+
 def commands() -> list[Command]:
     """Every command of the cluster section, in order."""
-    section = README.read_text().partition(f"\n{SECTION}\n")[2].partition("\n## ")[0]
     found: list[Command] = []
-    for block in re.findall(r"^```console\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```console\n(.*?)^```", section(), re.MULTILINE | re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             text, lines = "", part.splitlines()
             while lines:

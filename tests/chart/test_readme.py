@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from tests.chart.conftest import remove_crds
-from tests.chart.readme import Command, commands, matches
+from tests.chart.readme import Command, commands, matches, reasons
 from tests.chart.rendered import ROOT, SYSTEM
 from tests.controlplane.bed import ControlPlane, StandIn, ensure, wait_until
 from tests.controlplane.bed.build import kubectl_path
@@ -210,3 +210,10 @@ def test_the_first_error_in_the_table_is_what_kubectl_says(cluster: ControlPlane
     sample = str(ROOT / "manifests" / "samples" / "simulator.yaml")
     with pytest.raises(Exception, match='no matches for kind "ModelDeployment"'):
         cluster.kubectl("apply", "-f", sample)
+
+
+def test_the_reasons_in_the_table_are_the_operators() -> None:
+    sources = [file.read_text() for file in (ROOT / "operator").rglob("*.py")]
+    assert len(reasons()) >= 3
+    for reason in reasons():
+        assert any(f'"{reason}"' in source for source in sources), reason
