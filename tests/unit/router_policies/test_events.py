@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.unit.router_policies.streams import TOKENS, chat_chunk, chat_stream, usage_chunk
 
 from modelfleet_serving.router.continuation import (
-    MAY_HOLD_USAGE,
     ask_usage,
+    may_hold_usage,
     strip_usage,
 )
 from modelfleet_serving.router.policy.events import EventSplitter, data_of
@@ -85,7 +85,7 @@ def test_usage_is_asked_for_once(body: dict[str, Any], options: Any, added: bool
 def test_only_the_event_with_nothing_but_usage_is_stripped() -> None:
     whole = chat_stream(TOKENS)
     stripped = strip_usage(whole)
-    assert MAY_HOLD_USAGE in whole
+    assert may_hold_usage(whole)
     assert stripped == whole.replace(usage_chunk(12, 6), b"")
     with_choices = chat_chunk({"content": 'say "usage"'}, usage={"prompt_tokens": 1})
     for kept in (with_choices, b'data: "usage"\n\n', b'data: {"usage": broken\n\n', b": comment\n\n"):
