@@ -25,6 +25,8 @@ COLUMNS, ROWS = 104, 30
 LONGEST_WAIT = 1.5
 LAST_FRAME = 4.0
 MOST_BYTES = 300_000
+END = " deleted from demo namespace"
+"""What kubectl says when everything went well."""
 
 
 def main() -> int:
@@ -32,10 +34,10 @@ def main() -> int:
     asciinema, svg_term = tools()
     raw = TOOLS / "raw.cast"
     size = [f"--cols={COLUMNS}", f"--rows={ROWS}"]
-    command = [str(asciinema), "rec", "--overwrite", "--quiet", "--return", *size, "--env=TERM"]
+    command = [str(asciinema), "rec", "--overwrite", "--quiet", *size, "--env=TERM"]
     command += ["--title=make demo-cluster", "--command=make --no-print-directory demo-cluster", str(raw)]
     # What it needs is there before: the recording shows no installation.
-    subprocess.run(["make", "venv"], cwd=ROOT, check=True)
+    subprocess.run(["make", "--no-print-directory", "venv"], cwd=ROOT, check=True)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     environment = clean | {"DEMO_ONCE": "1", "TERM": "xterm-256color"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
@@ -62,6 +64,11 @@ def tools() -> tuple[Path, Path]:
     return asciinema, svg_term
 
 
+def raw_tail(text: str) -> str:
+    """The end of what was shown."""
+    return "".join(json.loads(line)[2] for line in text.splitlines()[-20:] if line.startswith("["))
+
+
 def cut(text: str) -> str:
     """The recording with short waits and a last frame that stays.
 
@@ -71,6 +78,8 @@ def cut(text: str) -> str:
     for private in (str(ROOT), str(Path.home()), socket.gethostname(), f"{getpass.getuser()}@"):
         if private in text:
             sys.exit(f"the recording has {private!r} in it")
+    if END not in text:
+        sys.exit(f"the demo did not end well: {raw_tail(text)}")
     header, *lines = text.splitlines()
     kept = {k: v for k, v in json.loads(header).items() if k in ("version", "width", "height", "title")}
     events, now, before = [], 0.0, 0.0

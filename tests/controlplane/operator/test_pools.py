@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.controlplane.bed import CommandError, wait_until
 from tests.controlplane.operator.conftest import SYSTEM
-from tests.controlplane.operator.processes import OperatorProcess
+from tests.controlplane.operator.processes import OperatorProcess, RegistryProcess
 from tests.controlplane.operator.world import GROUP, World, deployment
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
@@ -138,3 +139,20 @@ def test_a_secret_that_comes_later_is_read(world: World) -> None:
 
 def _ray_token(data: dict[str, str]) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ray-token"}, "data": data}
+
+
+def test_a_pool_goes_right_after_its_last_model(world: World, operator: OperatorProcess) -> None:
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    world.cluster.kubectl("delete", "mdep", "m", "-n", world.namespace, "--timeout=20s")
+    world.cluster.kubectl("delete", "spool", "default", "-n", world.namespace, "--timeout=20s")
+
+
+def test_a_pool_without_models_becomes_ready(world: World, tmp_path: Path) -> None:
+    with RegistryProcess(tmp_path, world.registry.token) as young:
+        young.wait_ready()
+        token = {"name": "ray-token", "key": "token"}
+        world.make_pool(ray={"address": world.ray.url, "registry": young.url, "authToken": token})
+        with world.operator() as operator:
+            operator.wait_ready()
+            world.wait_condition("Ready", "True", "default", resource="spool", timeout=30)
