@@ -280,6 +280,8 @@ class Worker:
                 await self._idle.wait()
         except TimeoutError:
             _log.warning("drain time over: %d requests are cut off", len(self.active))
+            for exchange in tuple(self.active):
+                exchange.give_up()
 
     async def close(self) -> None:
         """Closes every connection."""
