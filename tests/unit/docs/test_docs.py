@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
 from modelfleet_operator.cli import app
 
@@ -64,3 +65,21 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     linked = set(re.findall(r"docs/(\w+\.md)", (ROOT / "README.md").read_text()))
     assert linked == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_table_of_accelerators_is_the_catalogue() -> None:
+    catalogue = yaml.safe_load(
+        (ROOT / "operator" / "modelfleet_operator" / "catalog" / "accelerators.yaml").read_text()
+    )
+    listed = {
+        a["name"]: (str(a["memoryGiB"]), a.get("computeCapability", "-")) for a in catalogue["accelerators"]
+    }
+    rows = re.findall(
+        r"^\| ([\w.-]+) \| ([\d.]+|the node's) \| ([\d.]+|-) \|",
+        (ROOT / "docs" / "accelerators.md").read_text(),
+        re.MULTILINE,
+    )
+    told = {
+        name: ("0" if memory == "the node's" else memory, capability) for name, memory, capability in rows
+    }
+    assert told == {n: (m.removesuffix(".0"), c) for n, (m, c) in listed.items()}
