@@ -45,6 +45,8 @@ APPLICATIONS_PER_SECOND: Final = 200
 REGISTRY_WAIT_SECONDS: Final = 25.0
 REGISTRY_PAUSE_SECONDS: Final = 0.2
 """Least time between two looks at the registry: what changes in between is taken in at once."""
+ENDPOINTS_PER_SECOND: Final = 5000
+"""The same for its answer, which all endpoints are in."""
 RETRY_SECONDS: Final = 2.0
 GATHER_SECONDS: Final = 0.05
 """Changes that come together make one step and one PUT."""
@@ -231,7 +233,7 @@ class PoolController:
                 continue
             if state is not None:
                 self._see_registry(state)
-                await asyncio.sleep(REGISTRY_PAUSE_SECONDS)
+                await asyncio.sleep(max(REGISTRY_PAUSE_SECONDS, len(state.endpoints) / ENDPOINTS_PER_SECOND))
 
     def _see_registry(self, state: RegistryState | None) -> None:
         self.registry_state = state
