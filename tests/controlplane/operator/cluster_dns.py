@@ -1,4 +1,4 @@
-"""Runs a module with names of Services resolved to ports of this machine, as the cluster's DNS has them for a pod.
+"""Runs a module with names of Services resolved to local ports, as the cluster's DNS has them for a pod.
 
 ``python -m tests.controlplane.operator.cluster_dns NAME:PORT=LOCAL... MODULE``
 """
