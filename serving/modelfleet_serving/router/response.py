@@ -194,6 +194,7 @@ class ChunkScanner:
         if end < 0:
             return self._hold(data[position:])
         self._trailers = False
+        _check_trailers(data[position:end])
         return end + 4
 
     def _hold(self, rest: bytes) -> int:
@@ -208,6 +209,13 @@ def _check_chunk_end(data: bytes, position: int, take: int) -> None:
     start = max(position, take - 2)
     if not b"\r\n"[2 - (take - start) :].startswith(data[start:take]):
         raise FramingError("a chunk doesn't end with CRLF")
+
+
+def _check_trailers(trailers: bytes) -> None:
+    for line in trailers.split(b"\r\n"):
+        name, colon, _ = line.partition(b":")
+        if not colon or not name or name.translate(None, _TOKEN) or b"\n" in line or b"\r" in line:
+            raise FramingError(f"malformed trailer: {line[:80]!r}")
 
 
 def _chunk_size(line: bytes) -> int:
