@@ -137,7 +137,8 @@ def show(terminal: Terminal, platform: ClusterPlatform) -> bool:
         watch.wait()
     step("asking both variants through the router")
     good = ask_all(platform.url)
-    terminal.kubectl("get", "modelfleet")
+    terminal.kubectl("get", "mdep")
+    terminal.kubectl("get", "servingpool")
     if not once():
         until_interrupted(terminal, platform)
     terminal.kubectl("delete", "mdep", MODEL, "--timeout=60s")
