@@ -296,6 +296,8 @@ class Exchange:
 
     def fail(self, error: RequestError) -> None:
         """Answers with an error of the router's own."""
+        if self.finished:
+            return
         reply = self.reply
         if reply is not None and (reply.opened or reply.first_byte is not None):
             failover.cut_off(self, self.upstream, error)
@@ -416,6 +418,11 @@ class Exchange:
         worker.active.discard(self)
         worker.count(self)
         self.release()
+        reply = self.reply
+        if reply is not None:
+            # Exchange, reply and relay know each other: parted, they and the body go at once, not when the
+            # collector comes by, and the next request gets their memory while it is in the processor's cache.
+            self.reply = reply.relay = None
 
 
 def _seconds(request: Request, name: str) -> float:
