@@ -33,6 +33,8 @@ MODULES: Final = (
     "exchange",
     "failover",
     "health",
+    "incoming",
+    "known_heads",
     "relay",
     "reply",
     "request",

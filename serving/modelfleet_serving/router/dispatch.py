@@ -50,7 +50,7 @@ class Dispatcher:
         """
         target = exchange.target
         model = target.model
-        if model.affinity is not Affinity.NONE:
+        if exchange.request.steered and model.affinity is not Affinity.NONE:
             session = exchange.request.special.get(b"x-modelfleet-session")
             if session is not None:
                 exchange.session = session_key(session, target.seed(exchange.salt))

@@ -90,7 +90,8 @@ class Exchange:
         self.client = client
         self.worker = client.worker
         self.request = request
-        self.request_id = request.special.get(b"x-request-id") or self.worker.next_request_id()
+        given = request.special.get(b"x-request-id") if request.steered else None
+        self.request_id = given or self.worker.next_request_id()
         self.started = request.received_at
         self.routed = self.finished = self.tunnel = self.prompt_read = self.strip_usage = False
         self.fresh_retry = False
@@ -131,7 +132,8 @@ class Exchange:
                 builtin.check_method(request, operation)
             self.target = find_target(self)
             self.routed = True
-            self._read_options()
+            if request.steered:
+                self._read_options()
             if self.tenant is not None:
                 self._admit(self.tenant)
             self.body = request.body
@@ -203,7 +205,7 @@ class Exchange:
             endpoint.path,
             request.target,
             endpoint.request_tail,
-            *request.lines,
+            request.joined or b"".join(request.lines),
             worker.forwarded_headers(self),
             framing,
             self.request_id,

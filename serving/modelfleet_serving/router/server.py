@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from typing import TYPE_CHECKING, Final
-
-import httptools
 
 from modelfleet_serving.router.errors import RequestError, status_line
 from modelfleet_serving.router.exchange import Exchange
-from modelfleet_serving.router.request import HEADER_CODES, Request
+from modelfleet_serving.router.incoming import NEVER, RequestReader
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.worker import Worker
@@ -19,56 +16,27 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 WRITE_HIGH_WATER: Final = 256 * 1024
-_SMALL_BODY: Final = 64 * 1024
-"""A refused request up to this size is read first: its connection stays usable."""
 _LINGER_BYTES: Final = 4 * 1024 * 1024
 _LINGER_SECONDS: Final = 2.0
-_MAX_TRAILERS: Final = 64
 _MIN_BODY_RATE: Final = 1024.0
-_NEVER: Final = float("inf")
 
 
-class ClientConnection:
+class ClientConnection(RequestReader):
     """One client connection: a protocol of asyncio.
 
     Requests are answered in order; of a pipelining client the further ones wait parsed. While a request runs
     the socket is still read, since only so a client that leaves is noticed at once.
     """
 
-    __slots__ = (
-        "_closing",
-        "_discarded",
-        "_held",
-        "_parser",
-        "_pending",
-        "_reading_paused",
-        "_request",
-        "_synthetic",
-        "deadline",
-        "exchange",
-        "full",
-        "full_since",
-        "peer",
-        "transport",
-        "worker",
-    )
-
-    transport: asyncio.Transport
+    __slots__ = ("_discarded", "_reading_paused", "full", "full_since", "peer")
 
     def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.exchange: Exchange | None = None
-        self.deadline = _NEVER
+        super().__init__(worker)
         self.full = False
         self.full_since = 0.0
         self.peer = ""
-        self._parser = httptools.HttpRequestParser(self)
-        self._request: Request | None = None
-        self._pending: deque[Request | RequestError] = deque()
-        self._closing = False
-        self._discarded = self._held = 0
+        self._discarded = 0
         self._reading_paused = False
-        self._synthetic = False
 
     # --- Transport callbacks ---
 
@@ -87,10 +55,10 @@ class ClientConnection:
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason makes no difference
         """Ends what runs for a client that is gone."""
-        self._closing = True
+        self.closing = True
         self.worker.clients.discard(self)
-        self._pending.clear()
-        self._forget_body()
+        self.pending.clear()
+        self.forget_body()
         self._let_go(self._held)
         exchange = self.exchange
         if exchange is not None:
@@ -107,21 +75,16 @@ class ClientConnection:
         if exchange is not None and exchange.tunnel:
             exchange.on_client_data(data)
             return
-        if self._closing:
+        if self.closing:
             self._discard(len(data))
             return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._on_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            self._refuse(error)
+        self.feed(data)
         if self.exchange is None:
-            if self._pending:
+            if self.pending:
                 self._next()
-            elif self._request is not None:
+            elif self.request is not None:
                 self._watch_progress(len(data))
-        elif self._pending and not self._reading_paused:
+        elif self.pending and not self._reading_paused:
             # Pipelined requests wait in memory: the client has to wait as well.
             self._reading_paused = True
             self.transport.pause_reading()
@@ -139,147 +102,10 @@ class ClientConnection:
         if self.exchange is not None:
             self.exchange.on_client_drained()
 
-    # --- Parser callbacks ---
-
-    def on_message_begin(self) -> None:
-        """A request starts."""
-        if self._synthetic:
-            return
-        self._request = Request(self.worker.loop.time())
-
-    def on_url(self, url: bytes) -> None:
-        """Its target, perhaps in pieces."""
-        if not self._synthetic:
-            self._request.target += url  # type: ignore[union-attr]
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header, or a trailer once the head is complete."""
-        request = self._request
-        if request is None or self._synthetic:
-            return
-        if request.complete:
-            self._count_trailer(request)
-            return
-        key = name.lower()
-        code = HEADER_CODES.get(key)
-        if code is None:
-            request.lines += (name, b": ", value, b"\r\n")
-        else:
-            request.take_header(code, key, name, value)
-
-    def on_headers_complete(self) -> None:
-        """The head is whole: refuse early what need not be read."""
-        if self._synthetic:
-            self._synthetic = False
-            return
-        request = self._request
-        assert request is not None  # noqa: S101 - the parser has begun a message
-        parser = self._parser
-        request.finish_head(
-            parser.get_method().decode(), parser.get_http_version(), upgrades=parser.should_upgrade()
-        )
-        request.complete = True
-        settings = self.worker.settings
-        if sum(map(len, request.lines)) > settings.max_header_bytes:
-            raise RequestError(
-                431, f"headers exceed {settings.max_header_bytes} bytes", code="headers_too_large"
-            )
-        if request.length > settings.max_body_bytes:
-            raise self._too_large()
-        self.worker.tenancy.identify(request)
-        if request.refusal is not None and (request.length > _SMALL_BODY or request.chunked):
-            raise request.refusal
-        if self.worker.buffered + request.length > settings.max_buffered_bytes:
-            raise _overloaded()
-        if request.expects_continue and not request.http10 and self.exchange is None:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.deadline = request.received_at + settings.body_timeout
-
-    def on_body(self, data: bytes) -> None:
-        """A piece of its body."""
-        request = self._request
-        assert request is not None  # noqa: S101 - the parser has begun a message
-        request.size += len(data)
-        if request.size > self.worker.settings.max_body_bytes:
-            raise self._too_large()
-        # What has come counts, not what was announced: that would let a few idle clients use up the limit.
-        request.held += len(data)
-        self._held += len(data)
-        self.worker.buffered += len(data)
-        if self.worker.buffered > self.worker.settings.max_buffered_bytes:
-            raise _overloaded()
-        request.parts.append(data)
-
-    def on_message_complete(self) -> None:
-        """The request is whole."""
-        request = self._request
-        if request is None or (request.upgrades and request.upgrade != b"websocket"):
-            return  # the body of a refused upgrade is still to come: see _on_upgrade
-        self._request = None
-        parts = request.parts
-        if parts:
-            request.body = parts[0] if len(parts) == 1 else b"".join(parts)
-            parts.clear()
-        self._pending.append(request)
-
     # --- Inside ---
 
-    def _too_large(self) -> RequestError:
-        limit = self.worker.settings.max_body_bytes
-        return RequestError(413, f"the request body exceeds {limit} bytes", code="body_too_large")
-
-    def _count_trailer(self, request: Request) -> None:
-        request.nominated.append(b"")
-        if len(request.nominated) > _MAX_TRAILERS:
-            raise RequestError(431, f"more than {_MAX_TRAILERS} trailers", code="headers_too_large")
-
-    def _on_upgrade(self, rest: bytes) -> None:
-        """Goes on after a head with ``Upgrade``, where the parser stops.
-
-        Only WebSocket is upgraded to. Any other offer (Java's HTTP client offers h2c with every request) is
-        declined by answering in HTTP/1.1, so its body has to be read: a new parser gets the framing alone.
-        """
-        request = self._request
-        if request is None or request.upgrade == b"websocket":
-            if self._pending and isinstance(self._pending[-1], Request):
-                self._pending[-1].body = rest
-            return
-        request.upgrades = False
-        self._parser = httptools.HttpRequestParser(self)
-        framing = b"transfer-encoding: chunked" if request.chunked else b"content-length: %d" % request.length
-        self._synthetic = True
-        try:
-            self._parser.feed_data(b"POST / HTTP/1.1\r\nhost: -\r\n" + framing + b"\r\n\r\n")
-            if rest:
-                self._parser.feed_data(rest)
-        except httptools.HttpParserError as error:
-            self._refuse(error)
-
-    def _refuse(self, error: Exception) -> None:
-        """Queues the answer to a malformed request; nothing is read behind it."""
-        cause = error.__context__
-        if not isinstance(cause, RequestError):
-            if cause is not None:
-                raise cause
-            if str(error) == "Data after `Connection: close`":
-                self._closing = True
-                return
-            cause = RequestError(400, f"malformed HTTP: {error}", code="malformed_http")
-        self._forget_body()
-        self._pending.append(cause)
-
-    def _let_go(self, size: int) -> None:
-        """Bytes of request bodies that are no longer in memory."""
-        self._held -= size
-        self.worker.buffered -= size
-
-    def _forget_body(self) -> None:
-        if self._request is not None:
-            self._let_go(self._request.held)
-        self._request = None
-
     def _watch_progress(self, size: int) -> None:
-        request = self._request
+        request = self.request
         assert request is not None  # noqa: S101 - checked by the caller
         settings = self.worker.settings
         if not request.complete:
@@ -289,16 +115,16 @@ class ClientConnection:
                 error = RequestError(
                     431, f"headers exceed {settings.max_header_bytes} bytes", code="headers_too_large"
                 )
-                self._forget_body()
-                self._pending.append(error)
+                self.forget_body()
+                self.pending.append(error)
                 self._next()
 
     def _next(self) -> None:
         """Starts the next request that waits parsed."""
-        self.deadline = _NEVER
-        entry = self._pending.popleft()
+        self.deadline = NEVER
+        entry = self.pending.popleft()
         if isinstance(entry, RequestError):
-            self._closing = True
+            self.closing = True
             self.respond_error(entry, keep_alive=False)
             return
         exchange = self.exchange = Exchange(self, entry)
@@ -307,12 +133,12 @@ class ClientConnection:
     def exchange_done(self, *, keep_alive: bool) -> None:
         """The answer of the current request is written."""
         if self.exchange is not None:
-            self._let_go(self.exchange.request.held)
+            self.forget_done(self.exchange.request)
         self.exchange = None
-        if not keep_alive or self._closing:
+        if not keep_alive or self.closing:
             self.close_gracefully()
             return
-        if self._pending:
+        if self.pending:
             self.worker.loop.call_soon(self._resume_pipeline)
             return
         self.deadline = self.worker.loop.time() + self.worker.settings.keepalive_timeout
@@ -320,9 +146,9 @@ class ClientConnection:
     def _resume_pipeline(self) -> None:
         if self.exchange is not None or self.transport.is_closing():
             return
-        if self._pending:
+        if self.pending:
             self._next()
-        if self._reading_paused and not self._pending:
+        if self._reading_paused and not self.pending:
             self._reading_paused = False
             self.transport.resume_reading()
 
@@ -357,7 +183,7 @@ class ClientConnection:
 
         What the client still sends is read for a while and dropped: a reset would take the answer from it.
         """
-        self._closing = True
+        self.closing = True
         if self.transport.is_closing():
             return
         if self.transport.can_write_eof():
@@ -368,7 +194,7 @@ class ClientConnection:
 
     def close_when_idle(self) -> None:
         """Ends a connection that carries no request; another one closes after its answer."""
-        if self.exchange is None and self._request is None and not self._pending:
+        if self.exchange is None and self.request is None and not self.pending:
             self.transport.close()
 
     def _discard(self, size: int) -> None:
@@ -383,8 +209,8 @@ class ClientConnection:
             return
         if self.deadline > now:
             return
-        request = self._request
-        if self._closing:
+        request = self.request
+        if self.closing:
             self.transport.abort()
         elif request is None:
             self.transport.close()
@@ -394,13 +220,9 @@ class ClientConnection:
             self._time_out("the request body came too slowly")
 
     def _time_out(self, message: str) -> None:
-        self._forget_body()
-        self._closing = True
+        self.forget_body()
+        self.closing = True
         self.respond_error(RequestError(408, message, code="request_timeout"), keep_alive=False)
-
-
-def _overloaded() -> RequestError:
-    return RequestError(503, "too many request bodies in memory", code="overloaded", retry_after=1.0)
 
 
 def format_peer(address: object) -> str:

@@ -27,6 +27,7 @@ from modelfleet_serving.router.affinity import seed_of
 from modelfleet_serving.router.choice import Pool, VariantPlan
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import OutlierDetector, Outliers, RetryBudget, limit_of
+from modelfleet_serving.router.known_heads import KnownAnswers
 from modelfleet_serving.router.observe import VariantStats
 
 if TYPE_CHECKING:
@@ -50,11 +51,13 @@ class EndpointRef:
         ready: may get new requests, by its supervisor's word.
         limit: requests it may have in flight now; 0 while it is not to get any.
         idle: open connections that carry no request, the most recently used last.
+        answers: the head that it answered with last.
     """
 
     __slots__ = (
         "_blocks",
         "adapters",
+        "answers",
         "authority",
         "capacity",
         "cell",
@@ -82,6 +85,7 @@ class EndpointRef:
         self.ready = False
         self.circuit = variant.health.circuit(spec.id)
         self.idle: list[UpstreamConnection] = []
+        self.answers = KnownAnswers()
         self._blocks: dict[str, bytes] = {}
         self.tls, self.host, self.port, self.authority, self.path = parse_endpoint_url(spec.url)
         self.request_tail = b" HTTP/1.1\r\nhost: " + self.authority + b"\r\n"

@@ -41,7 +41,11 @@ def load_keys(path: Path) -> tuple[dict[str, bytes], KeyTable]:
 
 
 class Tenancy:
-    """API keys and limits. Without keys, everybody may do everything."""
+    """API keys and limits. Without keys, everybody may do everything.
+
+    Attributes:
+        generation: changes with each reread of the keys.
+    """
 
     def __init__(self, path: str, counters: Counters, loop: asyncio.AbstractEventLoop) -> None:
         """Reads the keys.
@@ -53,6 +57,7 @@ class Tenancy:
         self._loop = loop
         self._keys: KeyTable | None = None
         self._documents: dict[str, bytes] = {}
+        self.generation = 0
         if self._path is not None:
             self._documents, self._keys = load_keys(self._path)
         rows = TenantRows(counters)
@@ -95,6 +100,7 @@ class Tenancy:
                     continue
                 self._documents = documents
                 self._keys = await asyncio.to_thread(parse_keys, documents)
+                self.generation += 1
             except (KeysError, OSError) as error:
                 _log.error("the API keys stay as they were: %s", error)
             else:
