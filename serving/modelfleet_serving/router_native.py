@@ -49,6 +49,7 @@ MODULES: Final = (
     "worker",
     "policy/fingerprint",
     "policy/group",
+    "policy/key_table",
     "policy/load",
     "policy/prefix_table",
     "policy/quota",

@@ -158,7 +158,7 @@ class Exchange:
         size = readable_bytes(self.request.body)
         output = self.peek.output_limit if self.peek is not None else 0
         self.lease = self.worker.tenancy.admit(tenant, size, output)
-        if tenant.rates[1] is not None or tenant.rates[2] is not None:
+        if tenant.metered:
             prepare_usage(self)
 
     def run_on(self, endpoint: EndpointRef) -> None:

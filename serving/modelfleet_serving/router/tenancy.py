@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from modelfleet_serving.router.counters import Counters, TenantRows
+from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.key_files import read_key_documents
 from modelfleet_serving.router.request import Request
@@ -60,8 +60,7 @@ class Tenancy:
         self.generation = 0
         if self._path is not None:
             self._documents, self._keys = load_keys(self._path)
-        rows = TenantRows(counters)
-        self._quotas = Quotas(counters.rates, rows.row, rows)
+        self._quotas = Quotas(counters.tenants)
 
     @property
     def enabled(self) -> bool:
