@@ -25,6 +25,7 @@ PACKAGE: Final = Path(__file__).parent / "router"
 # What runs for every request or chunk. Modules with msgspec structs can't be compiled, and needn't be:
 # msgspec is C.
 MODULES: Final = (
+    "accesslog",
     "affinity",
     "builtin",
     "choice",
@@ -35,6 +36,7 @@ MODULES: Final = (
     "health",
     "incoming",
     "known_heads",
+    "meters",
     "relay",
     "reply",
     "request",

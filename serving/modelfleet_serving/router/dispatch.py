@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from modelfleet_serving.contract import Affinity
 from modelfleet_serving.router.affinity import (
     Fingerprint,
-    LoadView,
     PrefixAffinity,
     PrefixTable,
+    SharedLoadView,
     fingerprint,
     reading_kib,
 )
@@ -30,7 +30,7 @@ class Dispatcher:
     def __init__(self, worker: Worker) -> None:
         counters = worker.counters
         rng = random.Random()  # noqa: S311 - spreads load
-        load = LoadView(counters.total, counters.total_reading)
+        load = SharedLoadView(counters.cells, counters.reading, counters.workers)
         prefixes = PrefixAffinity(load, rng, PrefixTable(counters.prefixes))
         self._loop = worker.loop
         self._max_attempts = worker.settings.max_attempts

@@ -28,7 +28,7 @@ from modelfleet_serving.router.choice import Pool, VariantPlan
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import OutlierDetector, Outliers, RetryBudget, limit_of
 from modelfleet_serving.router.known_heads import KnownAnswers
-from modelfleet_serving.router.observe import VariantStats
+from modelfleet_serving.router.meters import VariantMeter
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
@@ -128,7 +128,7 @@ class VariantRef:
         self.endpoints: list[EndpointRef] = []
         self.pool: Pool[EndpointRef] = Pool(())
         self.health: OutlierDetector = OutlierDetector(Outliers(), random.Random())  # noqa: S311 - spreads probes
-        self.stats = VariantStats(model=model.name, variant=name)
+        self.stats = VariantMeter(model.name, name)
 
 
 class ModelRef:
@@ -150,7 +150,7 @@ class ModelRef:
     def __init__(self, spec: ModelRoute, row: int) -> None:
         self.name = spec.name
         self.row = row
-        self.stats = VariantStats(model=spec.name, variant="")
+        self.stats = VariantMeter(spec.name, "")
         self.budget = RetryBudget()
         self.take(spec, {})
 
