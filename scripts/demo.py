@@ -15,152 +15,87 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import openai
+from demo_steps import (
+    FILE,
+    MODEL,
+    READY_SECONDS,
+    ROOT,
+    VARIANTS,
+    DemoError,
+    ask_all,
+    exit_code,
+    install_engine,
+    listen_address,
+    no_more_interrupts,
+    once,
+    step,
+    write_file,
+)
 
-ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "demo"
-FILE = BUILD / "smollm2.yaml"
-MODEL = "smollm2-135m-instruct"
-VARIANTS = ("bf16", "int8")
-QUESTION = "What is the capital of France? Answer in one short sentence."
-READY_SECONDS = 600.0
-HEADERS = ("x-modelfleet-model", "x-modelfleet-variant", "x-modelfleet-replica", "x-request-id")
+from modelfleet_operator.clients.processes import die_with_parent
 
-TEMPLATE = """\
-# Written by `make demo`. Edit it while the demo runs: a changed weight moves traffic, a changed engine field
-# rolls a new revision out, a removed variant drains.
-apiVersion: modelfleet.io/v1alpha1
-kind: ModelDeployment
-metadata:
-  name: {model}
-spec:
-  model:
-    source: file://{bf16}
-  engine:
-    type: vLLM
-    maxModelLen: 2048
-    maxNumSeqs: 16
-  variants:
-  - name: bf16
-    accelerators: [{{type: CPU}}]
-  - name: int8
-    source: file://{int8}
-    quantization: CompressedTensors
-    accelerators: [{{type: CPU}}]
-  routing:
-    weights: {{bf16: 20, int8: 80}}
-    fallback: [int8, bf16]
-"""
+UP = (sys.executable, "-m", "modelfleet_operator.cli", "up")
+HINT = """Edit it while the demo runs: a changed weight moves traffic, a changed engine field
+# rolls a new revision out, a removed variant drains."""
 
 
-def step(text: str) -> None:
-    print(f"\n==> {text}", flush=True)
+def demo() -> bool:
+    """Everything; whether all were answered."""
+    started = time.monotonic()
+    listen = listen_address("127.0.0.1:8000")
+    install_engine()
+    write_file("demo", HINT)
+    given = os.environ.get("MODELFLEET_STATE")
+    with tempfile.TemporaryDirectory(prefix="modelfleet-demo-") as directory:
+        return serve(listen, Path(given or directory), started)
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
-
-
-def make_model() -> dict[str, str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "modelfleet_serving.demo_model", "--json"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
+def serve(listen: str, state: Path, started: float) -> bool:
+    """Run `modelfleet up` beside us and ask what it serves."""
+    step(f"modelfleet up -f {FILE.relative_to(ROOT)}")
+    process = subprocess.Popen(
+        [*UP, "-f", str(FILE), "--listen", listen],
+        env=os.environ | {"MODELFLEET_STATE": str(state)},
+        start_new_session=True,  # Ctrl-C reaches this script alone, which then ends it in order
+        preexec_fn=die_with_parent,  # noqa: PLW1509  it only calls the kernel
     )
-    paths: dict[str, str] = json.loads(result.stdout)
-    return paths
+    try:
+        router = wait_until_ready(process, state)
+        step(f"both variants serve after {time.monotonic() - started:.0f} s; asking them")
+        good = ask_all(router)
+        if not once():
+            until_interrupted(process, router, state)
+        return good
+    finally:
+        no_more_interrupts()
+        stop(process)
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], environment: dict[str, str]) -> str:
-    """The router's address, once both variants serve."""
+def wait_until_ready(process: subprocess.Popen[bytes], state: Path) -> str:
+    """The router's address, once both variants serve.
+
+    Raises:
+        DemoError: `modelfleet up` ended, or they don't in time.
+    """
+    file = state / "state.json"
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            sys.exit(f"modelfleet up ended with code {process.returncode}")
-        state = Path(environment["MODELFLEET_STATE"], "state.json")
-        if state.exists():
-            info = json.loads(state.read_bytes())
+            raise DemoError(f"modelfleet up ended with code {process.returncode}")
+        if file.exists():
+            info = json.loads(file.read_bytes())
             rows = [v for d in info["deployments"] for v in d.get("status", {}).get("variants", [])]
             if len(rows) == len(VARIANTS) and all(v["reason"] == "Serving" for v in rows):
                 return str(info["router"])
         time.sleep(0.5)
-    sys.exit(f"not ready within {READY_SECONDS:.0f} s; `modelfleet get {MODEL}` says why")
+    raise DemoError(f"not ready within {READY_SECONDS:.0f} s; what stands above says why")
 
 
-def ask(client: openai.OpenAI, model: str) -> bool:
-    """Ask one variant and print what it said; whether it said anything."""
-    answer = client.chat.completions.with_raw_response.create(
-        model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=40, temperature=0
-    )
-    text = answer.parse().choices[0].message.content or ""
-    print(f"\n  model: {model}")
-    for header in HEADERS:
-        print(f"  {header}: {answer.headers.get(header, '')}")
-    print(f"  {QUESTION}\n  > {text.strip()}")
-    return bool(text.strip())
-
-
-def stream(client: openai.OpenAI, model: str) -> bool:
-    print(f"\n  model: {model}, streamed\n  > ", end="", flush=True)
-    pieces = []
-    chunks: Any = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": "Name three fruits."}],
-        max_tokens=40,
-        temperature=0,
-        stream=True,
-    )
-    for chunk in chunks:
-        if chunk.choices and chunk.choices[0].delta.content:
-            pieces.append(chunk.choices[0].delta.content)
-            print(pieces[-1].replace("\n", " "), end="", flush=True)
-    print()
-    return bool("".join(pieces).strip())
-
-
-def main() -> int:
-    started = time.monotonic()
-    once = os.environ.get("DEMO_ONCE") == "1"
-    step("an engine for this machine: vLLM")
-    run(sys.executable, "-m", "modelfleet_serving.environments", "install", "vllm")
-    step("a real small model in two quantizations: SmolLM2-135M, bf16 and int8 (W8A8)")
-    paths = make_model()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    FILE.write_text(TEMPLATE.format(model=MODEL, bf16=paths["bf16"], int8=paths["w8a8"]))
-    print(f"    {FILE.relative_to(ROOT)}")
-
-    step(f"modelfleet up -f {FILE.relative_to(ROOT)}")
-    environment = dict(os.environ)
-    state = environment.setdefault("MODELFLEET_STATE", tempfile.mkdtemp(prefix="modelfleet-demo-"))
-    listen = environment.get("DEMO_LISTEN", "127.0.0.1:8000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modelfleet_operator.cli", "up", "-f", str(FILE), "--listen", listen],
-        env=environment,
-        start_new_session=True,  # Ctrl-C reaches this script alone, which then ends it in order
-    )
-    try:
-        router = wait_until_ready(process, environment)
-        step(f"both variants serve after {time.monotonic() - started:.0f} s; asking them")
-        client = openai.OpenAI(base_url=f"{router}/v1", api_key="none", timeout=120)
-        good = [ask(client, f"{MODEL}:{variant}") for variant in VARIANTS]
-        good.append(stream(client, MODEL))
-        if once:
-            return 0 if all(good) else 1
-        how_to_go_on(router, state)
-        process.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        stop(process)
-    return 0
-
-
-def how_to_go_on(router: str, state: str) -> None:
+def how_to_go_on(router: str, state: Path) -> None:
     step("it runs until Ctrl-C. In another terminal:")
-    print(f"""
+    print(
+        f"""
   export MODELFLEET_STATE={state}
   .venv/bin/modelfleet get {MODEL}
   .venv/bin/modelfleet chat {MODEL}:int8 "Why is the sky blue?"
@@ -168,7 +103,23 @@ def how_to_go_on(router: str, state: str) -> None:
     '{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 32}}'
 
   Edit {FILE.relative_to(ROOT)} and watch traffic and engines follow.
-""")
+""",
+        flush=True,
+    )
+
+
+def until_interrupted(process: subprocess.Popen[bytes], router: str, state: Path) -> None:
+    """Say what can be done now, and wait for Ctrl-C.
+
+    Raises:
+        DemoError: `modelfleet up` ended by itself.
+    """
+    try:
+        how_to_go_on(router, state)
+        process.wait()
+    except KeyboardInterrupt:
+        return
+    raise DemoError(f"modelfleet up ended with code {process.returncode}")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -182,4 +133,4 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(demo))

@@ -7,137 +7,187 @@ asks, deletes, and exits 0, or 1 when something is missing.
 
 from __future__ import annotations
 
-import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from pathlib import Path
 
-import openai
+from demo_steps import (
+    FILE,
+    MODEL,
+    READY_SECONDS,
+    ROOT,
+    DemoError,
+    ask_all,
+    exit_code,
+    install_engine,
+    listen_address,
+    no_more_interrupts,
+    once,
+    step,
+    write_file,
+)
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT))
 
-from demo import BUILD, FILE, MODEL, TEMPLATE, VARIANTS, ask, make_model, run, step, stream  # noqa: E402
-from tests.controlplane.bed import CommandError, ControlPlane  # noqa: E402
-from tests.controlplane.operator.processes import OperatorProcess, Process, RegistryProcess  # noqa: E402
+from tests.controlplane.bed import (
+    BuildError,
+    CommandError,
+    ComponentError,
+    ControlPlane,
+    ensure,
+)
+from tests.controlplane.bed.build import kubectl_path
+from tests.controlplane.operator.platform import ClusterPlatform
 
-from modelfleet_operator.clients.local_ray import LocalRay  # noqa: E402
-from modelfleet_operator.clients.processes import free_port  # noqa: E402
+from modelfleet_operator.clients.local_ray import LocalRayError
+from modelfleet_operator.clients.processes import die_with_parent, free_port
 
 NAMESPACE = "demo"
-READY_SECONDS = 600.0
-POOL = """\
-apiVersion: v1
-kind: Secret
-metadata: {{name: ray-token}}
-stringData: {{token: "{token}"}}
----
-apiVersion: modelfleet.io/v1alpha1
-kind: ServingPool
-metadata: {{name: default}}
-spec:
-  ray:
-    address: {ray}
-    registry: {registry}
-    authToken: {{name: ray-token, key: token}}
-  accelerators:
-  - {{type: CPU, gpusPerNode: 0, cpusPerNode: "{cpus}", memoryPerNode: 8Gi, minNodes: 1, maxNodes: 1}}
-"""
+PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
+HINT = """Edit it while the demo runs and `kubectl apply` it again: a changed weight
+# moves traffic, a changed engine field rolls a new revision out, a removed variant drains."""
 
 
-async def demo(plane: ControlPlane, directory: Path) -> int:
-    """Everything, on a control plane that is up."""
-    once = os.environ.get("DEMO_ONCE") == "1"
-    async with AsyncExitStack() as stack:
-        step("CRDs and the admission policy")
-        for folder in ("crds", "admission"):
-            print(plane.kubectl("apply", "--server-side", "-f", str(ROOT / "manifests" / folder)).rstrip())
-        plane.wait_for_crd("modeldeployments.modelfleet.io", "servingpools.modelfleet.io")
-        plane.kubectl("create", "namespace", NAMESPACE)
-        step("Ray, the registry, the router and the operator")
-        ray = LocalRay(directory, on_progress=print)
-        stack.push_async_callback(ray.stop)
-        await ray.start()
-        registry = stack.enter_context(RegistryProcess(directory, ray.token()))
-        registry.wait_ready()
-        listen = os.environ.get("DEMO_LISTEN") or f"127.0.0.1:{free_port()}"
-        command = [sys.executable, "-m", "modelfleet_serving.router", "--listen", listen]
-        command += ["--registry", registry.url, "--token-file", str(ray.token_file)]
-        stack.enter_context(Process("router", command, directory / "router.log", {}))
-        operator = OperatorProcess(plane.kubeconfig(), directory / "operator.log", WATCH_NAMESPACES=NAMESPACE)
-        stack.enter_context(operator)
-        operator.wait_ready()
-        pool = POOL.format(
-            token=ray.token(), ray=ray.dashboard_url, registry=registry.url, cpus=os.cpu_count() or 1
-        )
-        plane.apply(pool, namespace=NAMESPACE)
-
-        step(f"kubectl apply -f {FILE.relative_to(ROOT)}")
-        print(plane.apply(FILE.read_text(), namespace=NAMESPACE).rstrip())
-        step("kubectl get mdep -w")
-        if not await asyncio.to_thread(follow, plane):
-            sys.stdout.write(operator.text()[-3000:])
-            return 1
-        step("asking both variants through the router")
-        client = openai.OpenAI(base_url=f"http://{listen}/v1", api_key="none", timeout=120)
-        good = [await asyncio.to_thread(ask, client, f"{MODEL}:{variant}") for variant in VARIANTS]
-        good.append(await asyncio.to_thread(stream, client, MODEL))
-        print(plane.kubectl("get", "modelfleet", "-n", NAMESPACE))
-        if not once:
-            step("it runs until Ctrl-C. In another terminal:")
-            print(f"\n  export KUBECONFIG={plane.kubeconfig()}\n  kubectl get mdep -n {NAMESPACE} -w\n")
-            await asyncio.Event().wait()
-        step(f"kubectl delete mdep {MODEL}")
-        try:
-            print(
-                plane.kubectl("delete", "mdep", MODEL, "-n", NAMESPACE, "--timeout=60s", timeout=90).rstrip()
-            )
-        except CommandError as error:
-            print(error)
-            return 1
-        return 0 if all(good) else 1
-
-
-def follow(plane: ControlPlane) -> bool:
-    """Print each change of the table until the model is ready; whether it got there."""
-    deadline, shown = time.monotonic() + READY_SECONDS, ""
-    columns = plane.kubectl("get", "mdep", "-n", NAMESPACE).splitlines()[0]
-    print(columns)
-    while time.monotonic() < deadline:
-        line = plane.kubectl("get", "mdep", MODEL, "-n", NAMESPACE, "--no-headers").rstrip()
-        without_age = line.rpartition(" ")[0].rstrip()
-        if without_age != shown:
-            shown = without_age
-            print(line, flush=True)
-        if " AllVariantsReady" in line:
-            return True
-        time.sleep(0.5)
-    print(plane.kubectl("get", "mdep", MODEL, "-n", NAMESPACE, "-o", "yaml"))
-    return False
-
-
-def main() -> int:
-    """Entry point."""
-    step("an engine for this machine: vLLM")
-    run(sys.executable, "-m", "modelfleet_serving.environments", "install", "vllm")
-    step("a real small model in two quantizations: SmolLM2-135M, bf16 and int8 (W8A8)")
-    paths = make_model()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    FILE.write_text(TEMPLATE.format(model=MODEL, bf16=paths["bf16"], int8=paths["w8a8"]))
+def demo() -> bool:
+    """Everything; whether all were answered."""
+    listen = listen_address(f"127.0.0.1:{free_port()}")
     step("a Kubernetes control plane: etcd, kube-apiserver, controllers, scheduler")
-    with ControlPlane() as plane, tempfile.TemporaryDirectory(prefix="modelfleet-demo-") as directory:
+    try:
+        ensure(PROGRAMS)
+    except BuildError as error:
+        raise DemoError(str(error)) from error
+    print("built")
+    install_engine()
+    write_file("demo-cluster", HINT)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelfleet-demo-")))
         try:
-            return asyncio.run(demo(plane, Path(directory)))
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            return 0
-        except subprocess.TimeoutExpired as error:
-            print(error)
-            return 1
+            step("starting: the control plane, CRDs, Ray, the registry, the router, the operator")
+            plane = stack.enter_context(ControlPlane())
+            plane.kubectl("create", "namespace", NAMESPACE)
+            platform = ClusterPlatform(plane, directory, namespace=NAMESPACE, listen=listen, say=print)
+            stack.enter_context(platform)
+        except (ComponentError, LocalRayError, CommandError, TimeoutError, AssertionError) as error:
+            raise DemoError(str(error)) from error
+        stack.callback(no_more_interrupts)
+        return show(Terminal(plane.kubeconfig(), directory), platform)
+
+
+class Terminal:
+    """kubectl as somebody types it, with `demo` as the namespace of the context."""
+
+    def __init__(self, admin: Path, directory: Path) -> None:
+        self.kubeconfig = directory / "kubeconfig"
+        self.kubeconfig.touch(mode=0o600)
+        self.kubeconfig.write_bytes(admin.read_bytes())
+        self._program = str(kubectl_path())
+        # A cache of discovery answers in the user's home would outlive the cluster.
+        self._environment = os.environ | {
+            "KUBECONFIG": str(self.kubeconfig),
+            "KUBECACHEDIR": str(directory / "kubectl"),
+        }
+        command = [self._program, "config", "set-context", "--current", f"--namespace={NAMESPACE}"]
+        subprocess.run(command, check=True, env=self._environment, stdout=subprocess.DEVNULL)
+
+    def kubectl(self, *arguments: str) -> None:
+        """Run it and let its output be seen.
+
+        Raises:
+            DemoError: it failed.
+        """
+        process = self.start(*arguments)
+        try:
+            code = process.wait()
+        finally:
+            process.kill()
+        if code != 0:
+            raise DemoError(f"kubectl {arguments[0]} failed")
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """The same in the background."""
+        print(f"\n$ kubectl {' '.join(arguments)}", flush=True)
+        return subprocess.Popen(
+            [self._program, *arguments],
+            env=self._environment,
+            cwd=ROOT,
+            start_new_session=True,  # Ctrl-C is ours to handle
+            preexec_fn=die_with_parent,  # noqa: PLW1509  it only calls the kernel
+        )
+
+
+def show(terminal: Terminal, platform: ClusterPlatform) -> bool:
+    """The life of a ModelDeployment."""
+    terminal.kubectl("wait", "servingpool/default", "--for=condition=Ready", "--timeout=60s")
+    terminal.kubectl("apply", "-f", str(FILE.relative_to(ROOT)))
+    watch = terminal.start("get", "mdep", "-w")
+    try:
+        wait_until_ready(platform)
+        time.sleep(0.5)  # for the watch to show it
+    finally:
+        watch.kill()
+        watch.wait()
+    step("asking both variants through the router")
+    good = ask_all(platform.url)
+    terminal.kubectl("get", "modelfleet")
+    if not once():
+        until_interrupted(terminal, platform)
+    terminal.kubectl("delete", "mdep", MODEL, "--timeout=60s")
+    return good
+
+
+def wait_until_ready(platform: ClusterPlatform) -> None:
+    """Wait until everything that was asked for is in place.
+
+    Raises:
+        DemoError: the operator ended, or it isn't in time.
+    """
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if platform.operator.ended():
+            raise DemoError(f"the operator ended:\n{platform.operator.text()[-3000:]}")
+        status = (platform.cluster.find("mdep", MODEL, NAMESPACE) or {}).get("status", {})
+        found = {c["type"]: c for c in status.get("conditions", ())}
+        if found.get("Ready", {}).get("status") == "True":
+            return
+        time.sleep(0.5)
+    print(platform.cluster.kubectl("describe", "mdep", MODEL, "-n", NAMESPACE))
+    raise DemoError(f"not ready within {READY_SECONDS:.0f} s; its status above says why")
+
+
+def how_to_go_on(terminal: Terminal, platform: ClusterPlatform) -> None:
+    step("it runs until Ctrl-C. In another terminal:")
+    path = "" if shutil.which("kubectl") else f"  export PATH={kubectl_path().parent}:$PATH\n"
+    print(
+        f"""
+{path}  export KUBECONFIG={terminal.kubeconfig}
+  kubectl get mdep -w
+  kubectl edit mdep {MODEL}
+  curl {platform.url}/v1/chat/completions -H 'content-type: application/json' -d \\
+    '{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 32}}'
+""",
+        flush=True,
+    )
+
+
+def until_interrupted(terminal: Terminal, platform: ClusterPlatform) -> None:
+    """Say what can be done now, and wait for Ctrl-C.
+
+    Raises:
+        DemoError: the operator ended by itself.
+    """
+    try:
+        how_to_go_on(terminal, platform)
+        while not platform.operator.ended():
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return
+    raise DemoError(f"the operator ended:\n{platform.operator.text()[-3000:]}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(demo))

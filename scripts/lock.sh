@@ -14,6 +14,6 @@ compile requirements/dev.txt --extra local --group dev
 # The development environment with what the benchmarks' reports need.
 compile requirements/bench.txt --extra local --group dev --group bench --constraint requirements/dev.txt
 # The images install subsets; the versions are those of dev.txt.
-for extra in operator router serving models; do
+for extra in operator router tracing native serving models; do
   compile "requirements/$extra.txt" --extra "$extra" --constraint requirements/dev.txt
 done

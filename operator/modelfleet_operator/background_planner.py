@@ -24,11 +24,14 @@ class BackgroundPlanner:
     """Touched in :meth:`plan` alone, and read between its calls: it may work in a thread."""
     _view: tuple[PoolView, bool] | None = None
     _forgotten: set[str] = field(default_factory=set)
+    _planned: dict[str, ModelDeployment] = field(default_factory=dict)
+    """What the answers are about: a ModelDeployment may have changed while they were worked out."""
 
-    @property
-    def results(self) -> Mapping[str, Mapping[str, PlanResult]]:
-        """The planner's answers by ModelDeployment and variant."""
-        return self._planner.results
+    def plans(self, deployment: ModelDeployment) -> Mapping[str, PlanResult] | None:
+        """The planner's answers for exactly this state of a ModelDeployment, by variant; ``None`` before."""
+        if self._planned.get(deployment.key) is not deployment:
+            return None
+        return self._planner.results[deployment.key]
 
     def room(self, key: str) -> Mapping[str, bool]:
         """Whether a second revision of a variant fits beside the running one, where one is due."""
@@ -41,6 +44,7 @@ class BackgroundPlanner:
     def forget(self, key: str) -> None:
         """A ModelDeployment is gone: what it holds will be free."""
         self._forgotten.add(key)
+        self._planned.pop(key, None)
 
     def keep(self, key: str) -> None:
         """A ModelDeployment is wanted, perhaps again."""
@@ -58,6 +62,8 @@ class BackgroundPlanner:
             self._view = None
             self._planner.set_view(view, declared=declared)
         if len(deployments) <= _CHUNK:
-            return self._planner.plan(deployments, facts, observed)
-        # Up to seconds of pure work: other tasks go on meanwhile.
-        return await asyncio.to_thread(self._planner.plan, deployments, facts, observed)
+            changed = self._planner.plan(deployments, facts, observed)
+        else:  # up to seconds of pure work: other tasks go on meanwhile
+            changed = await asyncio.to_thread(self._planner.plan, deployments, facts, observed)
+        self._planned.update((key, d) for key, d in deployments.items() if key not in self._forgotten)
+        return changed

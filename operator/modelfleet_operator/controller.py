@@ -82,6 +82,8 @@ class PoolController:
     """Monotonic time of the loop's last turn: liveness."""
     ray_error: str = ""
     """Why Ray could not be reached at the last step."""
+    ray_reason: str = ""
+    """The same in one CamelCase word."""
     ray_lost: float | None = None
     """Monotonic time since when it could not."""
     registry_state: RegistryState | None = None
@@ -97,6 +99,8 @@ class PoolController:
     _dirty: set[str] = field(default_factory=set)
     _leaving: set[str] = field(default_factory=set)
     _decisions: dict[str, Decision] = field(default_factory=dict)
+    _faults: dict[str, str] = field(default_factory=dict)
+    """What went wrong in deciding, by ModelDeployment; never expected."""
     _unsettled: set[str] = field(default_factory=set)
     _needs: dict[str, Mapping[str, int]] = field(default_factory=dict)
     _keys_by_model: dict[str, str] = field(default_factory=dict)
@@ -158,7 +162,7 @@ class PoolController:
         self.routes.forget(key)
         self._planner.forget(key)
         self._calm.forget(key)
-        for memory in (self._decisions, self._needs):
+        for memory in (self._decisions, self._needs, self._faults):
             memory.pop(key, None)
         self._reporter.forget(key)
         self._unsettled.discard(key)
@@ -237,6 +241,7 @@ class PoolController:
         was_blind = self.sight.blind
         changed, models = self.sight.see_registry(state)
         if self.sight.blind != was_blind:
+            changed |= self.deployments.keys()  # also those that run nothing read what was not known
             self.on_change()
         for model in models:
             key = self._keys_by_model.get(model)
@@ -244,7 +249,7 @@ class PoolController:
             if key is not None and self._needs.get(key) != needs(self.deployments[key], self._observed(key)):
                 changed.add(key)
         self.routes.see(state.routes if state else None)
-        if changed or self.routes.due:
+        if changed or self.routes.due or (state and state.warming and self._wants_nothing()):
             self._mark(changed)
 
     async def _loop(self) -> None:
@@ -278,6 +283,9 @@ class PoolController:
                 await self._lost(str(error), "RayUnreachable")
             except RefusedError as error:
                 await self._lost(str(error), "RayRefused")
+            except Exception as error:
+                log.exception("pool %s: the step failed", self.pool.key)  # the next pool's goes on
+                await self._lost(f"{type(error).__name__}: {error}", "InternalError")
             else:
                 self.ray_lost = None
                 if self.ray_error:
@@ -293,7 +301,7 @@ class PoolController:
             log.warning("pool %s: %s", self.pool.key, message)
         if self.ray_lost is None:
             self.ray_lost = time.monotonic()
-        self.ray_error = message
+        self.ray_error, self.ray_reason = message, reason
         self.on_change()
         reports = unreachable(self.deployments.values(), self._decisions, reason, message)
         await self._reporter.tell(reports)
@@ -309,10 +317,15 @@ class PoolController:
         try:
             if self._until_next() == 0 or self.ray_error:
                 dirty |= await self._look()
-            await self._decide(dirty)
-            await self._tell(dirty)
-            await self._apply(dirty)
-        except ClientError:
+            await self._follow(dirty)
+            if self._applications.difference(dirty):
+                # A PUT says all applications, and an old sight would change what runs: Ray is asked just
+                # before, and what it says is decided on.
+                changed = await self._look()
+                dirty |= changed
+                await self._follow(changed)
+                await self._put_applications(dirty)
+        except Exception:
             self._dirty |= dirty
             raise
         self._let_go()
@@ -336,15 +349,26 @@ class PoolController:
         sources = {d.source(v) for d in deployments.values() for v in d.spec.variants if d.needs_facts(v)}
         known = self.facts.get(sources)
         dirty |= await self._planner.plan(deployments, known, observed) & self.deployments.keys()
-        for number, key in enumerate(dirty & self._planner.results.keys() & self.deployments.keys(), 1):
-            self._decide_one(self.deployments[key])
+        for number, key in enumerate(dirty & self.deployments.keys(), 1):
+            self._decide_guarded(self.deployments[key])
             if number % _CHUNK == 0:
                 await asyncio.sleep(0)
 
+    def _decide_guarded(self, deployment: ModelDeployment) -> None:
+        """Decide; a fault met with one ModelDeployment leaves it as it is, and all others alone."""
+        try:
+            self._decide_one(deployment)
+        except Exception as error:
+            ERRORS.labels(reason="InternalError").inc()
+            log.exception("%s can't be decided", deployment.key)
+            self._faults[deployment.key] = f"{type(error).__name__}: {error}"
+        else:
+            self._faults.pop(deployment.key, None)
+
     def _decide_one(self, deployment: ModelDeployment) -> None:
         key, observed = deployment.key, self._observed(deployment.key)
-        plans = self._planner.results[key]
-        if any(v.name not in plans for v in deployment.spec.variants):
+        plans = self._planner.plans(deployment)
+        if plans is None:
             return  # changed while it was being planned: it is dirty again
         room = self._planner.room(key)
         decision = reconcile(deployment, plans, observed, self.registry_address, room)
@@ -363,20 +387,24 @@ class PoolController:
 
     # --- What follows ---
 
-    async def _apply(self, dirty: set[str]) -> None:
-        # Routes first: what is about to go gets no new request.
+    async def _follow(self, dirty: set[str]) -> None:
+        """Decide for these ModelDeployments, say so, and route as decided."""
+        await self._decide(dirty)
+        await self._tell(dirty)
+        # Before the applications: what is about to go gets no new request.
         try:
             await self.routes.write()
+            if self._wants_nothing() and self.registry_state and self.registry_state.warming:
+                await self.routes.complete()
         except UnavailableError as error:
             log.warning("registry lost: %s", error)
             self._see_registry(None)
-        await self._put_applications(dirty)
+
+    def _wants_nothing(self) -> bool:
+        """Whether there is no ModelDeployment, not even one that can't be understood."""
+        return not self.deployments and not self.routes.held
 
     async def _put_applications(self, dirty: set[str]) -> None:
-        if not self._applications.difference(dirty):
-            return
-        # Others may have changed their applications meanwhile, and a PUT says all of them.
-        self._mark(await self._look())
         if not await self._applications.write(dirty):
             return
         self._pause = PROGRESS_SECONDS
@@ -385,7 +413,13 @@ class PoolController:
 
     async def _tell(self, keys: Iterable[str]) -> None:
         deployments = [d for key in keys if (d := self.deployments.get(key))]
-        await self._reporter.tell(decided(deployments, self._decisions, self.routes.refused))
+        faulty = [d for d in deployments if d.key in self._faults]
+        sound = [d for d in deployments if d.key not in self._faults]
+        reports = decided(sound, self._decisions, self.routes.refused)
+        for deployment in faulty:
+            fault = self._faults[deployment.key]
+            reports += unreachable([deployment], self._decisions, "InternalError", fault)
+        await self._reporter.tell(reports)
 
     def _let_go(self) -> None:
         for key in list(self._leaving):

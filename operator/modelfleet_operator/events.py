@@ -19,13 +19,18 @@ log = logging.getLogger(__name__)
 
 CONTROLLER: Final = "modelfleet.io/operator"
 QUEUED: Final = 10_000
-_POSTERS: Final = 4
+_POSTERS: Final = 1
+"""Few: statuses go before the news of them."""
 _NOTE_LENGTH: Final = 1024
 """Longest note that the API takes."""
 _QUIET: Final = frozenset({"Progressing"})
 """Conditions whose turns are told by others: a rollout begins with a change by the user and ends Ready."""
 _VERDICTS: Final = frozenset({"Accepted", "Fits"})
 """Conditions that are never false only because something has yet to start."""
+_UNDER_WAY: Final = frozenset(
+    {"Deploying", "Starting", "Pending", "Updating", "RollingOut", "Unknown", "ClusterStarting", "Deleting"}
+)
+"""Reasons of what is not ready and need not worry anybody."""
 
 
 @dataclass
@@ -95,13 +100,22 @@ def turned(before: Sequence[Condition], after: Sequence[Condition]) -> Iterator[
 
     What has not been reached yet while something starts is no event; what is lost, or can never be, is.
     """
-    old = {c.type: c.status for c in before}
+    old = {c.type: c for c in before}
+    sound = all(c.status == "True" for c in after if c.type in _VERDICTS)
     for condition in after:
         was = old.get(condition.type)
-        if condition.type in _QUIET or was == condition.status:
+        if sound and _failed(condition) and (was is None or was.reason != condition.reason):
+            # It may never have worked: then no condition turns.
+            yield condition
+            continue
+        if condition.type in _QUIET or (was is not None and was.status == condition.status):
             continue
         verdict = condition.type in _VERDICTS
-        bad = condition.status == "False" and (was == "True" or verdict)
-        good = condition.status == "True" and (condition.type == "Ready" or (verdict and was == "False"))
-        if good or bad:
+        bad = condition.status == "False" and (verdict or (was is not None and was.status == "True"))
+        again = verdict and was is not None and was.status == "False"
+        if bad or (condition.status == "True" and (condition.type == "Ready" or again)):
             yield condition
+
+
+def _failed(condition: Condition) -> bool:
+    return condition.type == "Ready" and condition.status == "False" and condition.reason not in _UNDER_WAY

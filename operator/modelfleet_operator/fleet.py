@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from modelfleet_operator.clients.errors import ClientError
 from modelfleet_operator.clients.kube import MODEL_DEPLOYMENT, SERVING_POOL, Kind, Object
 from modelfleet_operator.departure import leave
 from modelfleet_operator.metrics import CONDITIONS, ERRORS
+from modelfleet_operator.pool_access import dashboard_of
 from modelfleet_operator.pools import PoolRunner, Tools
 from modelfleet_operator.reconcile.claims import Claims
 from modelfleet_operator.reports import Report
@@ -66,9 +67,9 @@ class Fleet:
         """
         pools, deployments = await self._list(SERVING_POOL), await self._list(MODEL_DEPLOYMENT)
         for body in pools:
-            self._take_pool(body, authoritative=True)
+            self._guarded(self._take_pool, body)
         for body in deployments:
-            self._take_deployment(body, authoritative=True)
+            self._guarded(self._take_deployment, body)
         # Before any pool starts: it removes what it does not know.
         for key in self._deployments.keys() - {key_of(b) for b in deployments}:
             self._forget_deployment(key)
@@ -77,6 +78,14 @@ class Fleet:
         self.synced = True
         for pool in self._pools.values():
             self._start(pool)
+
+    def _guarded(self, take: Callable[..., None], body: Object) -> None:
+        """Take a listed object in; a fault that it brings to light must not end the work on all others."""
+        try:
+            take(body, authoritative=True)
+        except Exception:
+            ERRORS.labels(reason="InternalError").inc()
+            log.exception("%s %s can't be taken in", body["kind"], key_of(body))
 
     async def _list(self, kind: Kind) -> list[Object]:
         namespaces: Sequence[str | None] = self.tools.settings.watch_namespaces or (None,)
@@ -330,11 +339,11 @@ class Fleet:
 
     def _same_cluster(self, key: str, pool: ServingPool) -> str | None:
         """An older pool with the same address: the two would remove each other's applications."""
-        address = pool.spec.ray.address
+        address = dashboard_of(pool)
         rivals = [
             other.parsed
             for name, other in self._pools.items()
-            if name != key and address and other.parsed and other.parsed.spec.ray.address == address
+            if name != key and other.parsed and dashboard_of(other.parsed) == address
         ]
         older = [r for r in rivals if _seniority(r) < _seniority(pool)]
         return min(older, key=_seniority).key if older else None

@@ -8,7 +8,7 @@ own off whatever has no handler that needs one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import kopf
 
@@ -35,6 +35,21 @@ def handlers() -> kopf.OperatorRegistry:
     return registry
 
 
+class _NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]  # published without types
+    """Nothing is compared with an earlier state: kopf would copy every object of every event for it."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        """Nothing."""
+        return cast("kopf.BodyEssence", {})
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        """Nothing."""
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Nothing."""
+
+
 def kopf_settings() -> kopf.OperatorSettings:
     """Kopf as the operator uses it: watches only, in namespaces and kinds that are known beforehand."""
     settings = kopf.OperatorSettings()
@@ -48,6 +63,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.queueing.worker_limit = None
     settings.queueing.idle_timeout = 1.0
     settings.queueing.exit_timeout = 1.0
+    settings.persistence.diffbase_storage = _NoDiffBase()
     settings.posting.enabled = False  # events are our own: on transitions of conditions
     settings.scanning.disabled = True  # needs no permission to list CRDs and namespaces
     return settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import secrets
@@ -11,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -32,9 +30,11 @@ from modelfleet_operator.controller import PoolController
 from modelfleet_operator.facts import FactsCache
 from modelfleet_operator.metrics import ACCELERATORS, ERRORS
 from modelfleet_operator.pending import PendingTracker
+from modelfleet_operator.pool_access import dashboard_of, registry_beside, token_of
 from modelfleet_operator.reconcile.applications import args_of
 from modelfleet_operator.reconcile.nodes import accelerator_rows, alive_by_group, observed_view
 from modelfleet_operator.reconcile.pool_status import (
+    Trouble,
     accepted_pool,
     cluster_finding,
     pool_status,
@@ -42,12 +42,10 @@ from modelfleet_operator.reconcile.pool_status import (
     registry_finding,
 )
 from modelfleet_operator.reconcile.ray_cluster import (
-    DASHBOARD_PORT,
     TOKEN_KEY,
     cluster_name,
     differs,
     engine_images,
-    head_address,
     ray_cluster,
     token_secret,
     token_secret_name,
@@ -99,8 +97,8 @@ class PoolRunner:
     users: set[str] = field(default_factory=set)
     controller: PoolController = field(init=False)
     _token: str | None = None
-    _token_error: str = ""
-    _cluster: str = ""
+    _token_trouble: Trouble | None = None
+    _cluster_trouble: Trouble | None = None
     """What a cluster of ours waits for."""
     _alive: dict[str, int] | None = None
     _gpus: dict[str, tuple[str, float]] = field(default_factory=dict)
@@ -113,8 +111,8 @@ class PoolRunner:
         self._pending = PendingTracker(self.tools.settings.pending_seconds)
         ray = self.pool.spec.ray
         managed = ray.cluster is not None
-        self.address = ray.address or head_address(self.pool, DASHBOARD_PORT)
-        self.registry = ray.registry or _registry_beside(self.address)
+        self.address = dashboard_of(self.pool)
+        self.registry = ray.registry or registry_beside(self.address)
         session, token = self.tools.session, lambda: self._token
         self._nodes = RayNodesClient(session, self.address, token)
         self.controller = PoolController(
@@ -231,10 +229,10 @@ class PoolRunner:
         while self._needs_token:
             try:
                 self._token = await self._read_token()
-                self._token_error = ""
+                self._token_trouble = None
                 self._has_token.set()
             except ClientError as error:
-                self._token_error = str(error)
+                self._token_trouble = Trouble("TokenUnreadable", str(error))
                 ERRORS.labels(reason="TokenUnreadable").inc()
                 self._changed.set()
             await asyncio.sleep(TOKEN_SECONDS if self._token else RETRY_SECONDS)
@@ -249,27 +247,27 @@ class PoolRunner:
             if given is not None:
                 raise
             try:
-                fresh = token_secret(self.pool, secrets.token_hex(32))
+                # One that somebody deleted comes back as it was: the cluster that runs knows no other.
+                fresh = token_secret(self.pool, self._token or secrets.token_hex(32))
                 body = await self.tools.kube.create(SECRET, fresh)
             except ConflictError:  # somebody else was quicker
                 body = await self.tools.kube.get(SECRET, namespace, name)
-        data = body.get("data", {}).get(key)
-        if data is None:
-            raise NotFoundError(f"Secret {namespace}/{name} has no key {key}")
-        return base64.b64decode(data).decode().strip()
+        return token_of(body, key)
 
     async def _keep_cluster(self) -> None:
         while True:
             try:
-                self._cluster = await self._apply_cluster()
+                trouble = await self._apply_cluster()
             except ClientError as error:
-                self._cluster = str(error)
+                trouble = _why_no_cluster(error)
                 ERRORS.labels(reason="RayCluster").inc()
-                log.warning("pool %s: %s", self.pool.key, error)
+                if trouble != self._cluster_trouble:
+                    log.warning("pool %s: %s", self.pool.key, error)
+            self._cluster_trouble = trouble
             self._changed.set()
             await asyncio.sleep(CLUSTER_SECONDS)
 
-    async def _apply_cluster(self) -> str:
+    async def _apply_cluster(self) -> Trouble | None:
         """Make the RayCluster what it shall be; what it waits for."""
         spec, images = self.pool.spec.ray.cluster, self.tools.settings.images
         assert spec is not None  # noqa: S101  another kind of connection makes another runner
@@ -319,10 +317,10 @@ class PoolRunner:
 
     def _compose(self, now: str, before: dict[str, Any]) -> dict[str, Any]:
         controller = self.controller
-        seen = controller.looked
-        error = self._token_error or controller.ray_error
-        pending = self._cluster if self.pool.spec.ray.cluster is not None else ""
-        cluster = cluster_finding(connected=seen and not error, error=error, pending=pending)
+        cluster = cluster_finding(
+            connected=controller.looked and not controller.ray_error and self._token_trouble is None,
+            trouble=self._token_trouble or self._cluster_trouble or self._ray_trouble(),
+        )
         state = controller.registry_state
         registry = registry_finding(
             connected=state is not None, warming=state is not None and state.warming, cluster=cluster
@@ -345,6 +343,10 @@ class PoolRunner:
             used_by=users,
         ).to_dict()
 
+    def _ray_trouble(self) -> Trouble | None:
+        error = self.controller.ray_error
+        return Trouble(self.controller.ray_reason, error) if error else None
+
     def _used(self) -> dict[str, float]:
         used: dict[str, float] = {}
         known: dict[str, tuple[str, float]] = {}
@@ -364,18 +366,22 @@ def _connection(pool: ServingPool) -> object:
     return (pool.metadata.uid, ray.address, ray.registry, ray.auth_token, ray.cluster is None)
 
 
-def _registry_beside(address: str) -> str:
-    """Port 8267 of the dashboard's host."""
-    host = urlsplit(address).hostname or ""
-    return f"http://{f'[{host}]' if ':' in host else host}:{REGISTRY_PORT}"
+def _why_no_cluster(error: ClientError) -> Trouble:
+    if isinstance(error, NotFoundError) and "rayclusters" in str(error):
+        return Trouble(
+            "KubeRayNotInstalled",
+            "the API server knows no RayClusters: install KubeRay 1.6 or newer, or give ray.address",
+        )
+    return Trouble("ClusterRefused", str(error))
 
 
-def _waiting_for(status: dict[str, Any]) -> str:
-    """What a RayCluster waits for; empty when its head is ready."""
+def _waiting_for(status: dict[str, Any]) -> Trouble | None:
+    """What a RayCluster waits for; ``None`` when its head is ready."""
     conditions = {c["type"]: c for c in status.get("conditions", ())}
     head = conditions.get("HeadPodReady")
     if head is None:
-        return "KubeRay has not taken the RayCluster up yet"
+        return Trouble("ClusterStarting", "KubeRay has not taken the RayCluster up yet")
     if head["status"] == "True":
-        return ""
-    return f"the Ray head is not ready: {head.get('message') or head.get('reason', '')}"
+        return None
+    why = head.get("message") or head.get("reason", "")
+    return Trouble("ClusterStarting", f"the Ray head is not ready: {why}")

@@ -78,6 +78,17 @@ class RouteWriter:
         await self._each(self._surplus(), self._delete)
         await self._each(self._differing(), self._put)
 
+    async def complete(self) -> None:
+        """Say that there are no routes, or a registry that has just started tells routers nothing.
+
+        Raises:
+            UnavailableError: the registry does not answer.
+        """
+        try:
+            await self.registry.complete_routes()
+        except RefusedError as error:  # one of an older release: it waits for the first route
+            log.info("registry without routes: %s", error)
+
     async def _each(self, keys: Iterable[str], work: Callable[[str], Awaitable[None]]) -> None:
         limit = asyncio.Semaphore(_AT_ONCE)
 

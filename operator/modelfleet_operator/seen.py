@@ -99,5 +99,7 @@ def is_same(body: Object, known: Object) -> bool:
     )
 
 
-def _measured(body: Object) -> list[Any]:
-    return [v.get("measurements") for v in body.get("status", {}).get("variants", ())]
+def _measured(body: Object) -> dict[str, Any]:
+    """Measurements by variant; a status without any says no more than no status."""
+    rows = body.get("status", {}).get("variants", ())
+    return {row["name"]: found for row in rows if (found := row.get("measurements"))}

@@ -26,7 +26,7 @@ def set_first_status(writer: ObjectWriter, deployment: ModelDeployment) -> None:
         conditions = [Condition.model_validate(c) for c in before.get("conditions", ())]
         return deployment_status(deployment, (), first_status(), conditions, now).to_dict()
 
-    writer.set_status(address_of(MODEL_DEPLOYMENT, deployment.key), compose)
+    writer.set_status(address_of(MODEL_DEPLOYMENT, deployment.key), compose, passing=True)
 
 
 def set_deployment_status(
@@ -42,7 +42,8 @@ def set_deployment_status(
         current = old if old.observed_generation == deployment.metadata.generation else None
         return deployment_status(deployment, rows, findings, old.conditions, now, current).to_dict()
 
-    writer.set_status(address_of(MODEL_DEPLOYMENT, deployment.key), compose)
+    moving = any(f.type == "Progressing" and f.status == "True" for f in findings)
+    writer.set_status(address_of(MODEL_DEPLOYMENT, deployment.key), compose, passing=moving)
 
 
 def refuse_deployment(writer: ObjectWriter, entry: SeenDeployment, reason: str, message: str) -> None:

@@ -1,16 +1,18 @@
 """Writes finalizers, statuses and events to the API server: the latest alone, only when it differs.
 
 Handlers and controllers say what shall stand there and go on; a few workers see to it. What fails is tried
-again with growing pauses, and what was overtaken by something newer is never written.
+again with growing pauses, and what was overtaken by something newer is never written: when much waits, states
+that something newer will follow soon go last.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any, Final
 
 from modelfleet_operator.api import FINALIZER, Condition
@@ -52,6 +54,11 @@ class _Target:
     status: dict[str, Any]
     deleting: bool
     compose: Compose | None = None
+    passing: bool = False
+    """Whether something newer than ``compose`` is bound to follow."""
+    writing: bool = False
+    again: bool = False
+    """Whether it came up once more while it was being written: two writes at once could end in any order."""
     failures: int = 0
 
 
@@ -67,8 +74,10 @@ class ObjectWriter:
     kube: KubeClient
     events: EventWriter
     _targets: dict[Address, _Target] = field(default_factory=dict)
-    _queue: asyncio.Queue[Address] = field(default_factory=asyncio.Queue)
-    _queued: set[Address] = field(default_factory=set)
+    _queue: asyncio.PriorityQueue[tuple[bool, int, Address]] = field(default_factory=asyncio.PriorityQueue)
+    _queued: dict[Address, bool] = field(default_factory=dict)
+    """Whether each object that waits does so behind all others."""
+    _numbers: Iterator[int] = field(default_factory=count)
     _timers: set[asyncio.TimerHandle] = field(default_factory=set)
 
     def saw(self, kind: Kind, body: Object, *, authoritative: bool = False) -> None:
@@ -97,12 +106,18 @@ class ObjectWriter:
         target = self._targets.get(address)
         return target.status if target else {}
 
-    def set_status(self, address: Address, compose: Compose) -> None:
-        """Let a status stand there; it is put together when it is written."""
+    def set_status(self, address: Address, compose: Compose, *, passing: bool = False) -> None:
+        """Let a status stand there; it is put together when it is written.
+
+        Args:
+            address: the object.
+            compose: its status.
+            passing: another status is bound to follow: all others go first.
+        """
         target = self._targets.get(address)
         if target is not None:
-            target.compose = compose
-            self._enqueue(address)
+            target.compose, target.passing = compose, passing
+            self._enqueue(address, last=passing)
 
     def forget(self, address: Address) -> None:
         """The object is gone."""
@@ -142,35 +157,54 @@ class ObjectWriter:
             for timer in self._timers:
                 timer.cancel()
 
-    def _enqueue(self, address: Address) -> None:
-        if address not in self._queued:
-            self._queued.add(address)
-            self._queue.put_nowait(address)  # bounded by the number of objects: each stands in it once
-            STATUS_QUEUE.set(self._queue.qsize())
+    def _enqueue(self, address: Address, *, last: bool = False) -> None:
+        if self._queued.get(address, True) and self._queued.get(address) != last:
+            self._queued[address] = last
+            # Bounded by the number of objects: each stands in it once at each end.
+            self._queue.put_nowait((last, next(self._numbers), address))
+            STATUS_QUEUE.set(len(self._queued))
 
     async def _work(self) -> None:
         while True:
-            address = await self._queue.get()
-            STATUS_QUEUE.set(self._queue.qsize())
-            self._queued.discard(address)
+            last, _, address = await self._queue.get()
+            if self._queued.get(address) != last:
+                continue  # it was moved forward
+            del self._queued[address]
+            STATUS_QUEUE.set(len(self._queued))
             target = self._targets.get(address)
             if target is None:
                 continue
+            if target.writing:
+                target.again = True
+                continue
+            target.writing = True
             try:
-                await self._write(address, target)
-            except UnavailableError as error:
-                self._retry(address, target, error)
-            except NotFoundError:
-                pass  # deleted meanwhile; its event comes
-            except ForbiddenError as error:
-                # A namespace that is being deleted takes nothing new.
-                ERRORS.labels(reason="ApiForbidden").inc()
-                log.warning("%s", error)
-            except ClientError as error:
-                ERRORS.labels(reason="ApiRefused").inc()
-                log.error("%s", error)  # noqa: TRY400  the message says it all
-            else:
-                target.failures = 0
+                await self._try_to_write(address, target, last=last)
+            finally:
+                target.writing = False
+            if target.again:
+                target.again = False
+                self._enqueue(address, last=target.passing)
+
+    async def _try_to_write(self, address: Address, target: _Target, *, last: bool) -> None:
+        try:
+            await self._write(address, target, last=last)
+        except UnavailableError as error:
+            self._retry(address, target, error)
+        except NotFoundError:
+            pass  # deleted meanwhile; its event comes
+        except ForbiddenError as error:
+            # A namespace that is being deleted takes nothing new.
+            ERRORS.labels(reason="ApiForbidden").inc()
+            log.warning("%s", error)
+        except ClientError as error:
+            ERRORS.labels(reason="ApiRefused").inc()
+            log.error("%s", error)  # noqa: TRY400  the message says it all
+        except Exception:  # a status that can't be composed must not end the writing of all others
+            ERRORS.labels(reason="InternalError").inc()
+            log.exception("status of %s/%s", address[1], address[2])
+        else:
+            target.failures = 0
 
     def _retry(self, address: Address, target: _Target, error: UnavailableError) -> None:
         ERRORS.labels(reason="ApiServer").inc()
@@ -186,7 +220,7 @@ class ObjectWriter:
         timer = loop.call_later(pause, again)
         self._timers.add(timer)
 
-    async def _write(self, address: Address, target: _Target) -> None:
+    async def _write(self, address: Address, target: _Target, *, last: bool) -> None:
         kind, namespace, name = address
         # The uid keeps an apply from bringing a deleted object back.
         metadata = {"namespace": namespace, "name": name, "uid": target.uid}
@@ -194,6 +228,9 @@ class ObjectWriter:
             await self.kube.apply(kind, {"metadata": {**metadata, "finalizers": [FINALIZER]}})
             target.has_finalizer = True
         if target.compose is None:
+            return
+        if target.passing and not last:
+            self._enqueue(address, last=True)
             return
         before, after = target.status, target.compose(now_text(), target.status)
         if after == before:

@@ -8,8 +8,11 @@ The HTTP interface of the registry, in one place (bearer token on every call but
 
 ==========================================  =================================================
 ``POST   /v1/heartbeat``                    :class:`Heartbeat` -> :class:`HeartbeatReply`
+``GET    /v1/presence/{replica}``           held open while the replica lives
 ``PUT    /v1/routes/{namespace}/{name}``    :class:`RouteSpec` -> 204, or 409 while the name is another's
 ``DELETE /v1/routes/{namespace}/{name}``    -> 204
+                                            both: 412 from a leader that has been replaced, see below
+``POST   /v1/routes/complete``              there are no further routes, maybe none at all -> 204
 ``GET    /v1/table?epoch=E&version=V&timeout=S&router=ID``
                                             long poll -> :class:`TableUpdate`, or 304 after S seconds
 ``POST   /v1/demand``                       :class:`DemandReport` -> 204
@@ -39,7 +42,15 @@ HEADER_REPLICA: Final = "x-modelfleet-replica"
 HEADER_FALLBACK: Final = "x-modelfleet-fallback"
 HEADER_PRIORITY: Final = "x-modelfleet-priority"
 HEADER_SESSION: Final = "x-modelfleet-session"
+HEADER_TIMEOUT: Final = "x-modelfleet-timeout"
+"""Seconds that a client gives its request, as a decimal number."""
+HEADER_KEEP_ALIVE: Final = "x-modelfleet-keepalive"
+"""Seconds of silence after which a streaming client wants a comment, as a decimal number."""
 HEADER_REQUEST_ID: Final = "x-request-id"
+HEADER_TERM: Final = "x-modelfleet-term"
+"""Which leadership an operator speaks for; grows with each leader. The registry refuses routes of a term below
+the highest that it has heard of: a leader that is cut off does not know that another has taken over. Operators
+without leader election send none."""
 
 
 class Wire(msgspec.Struct, rename="camel", kw_only=True, frozen=True, omit_defaults=True):
@@ -400,3 +411,5 @@ class RegistryState(Wire, kw_only=True, frozen=True):
     demand: list[ModelDemand] = []
     """Summed over routers: gauges as they are, ``requests`` over the last minute."""
     routers: list[RouterInfo] = []
+    term: int | None = None
+    """The highest term of leadership that an operator has spoken for."""

@@ -1,4 +1,4 @@
-"""CPU time of the router's own code for one request, without sockets: ``python -m tests.benchmarks.datapath``.
+"""CPU time of the router's own code for a request, without sockets: ``python -m tests.benchmarks.datapath``.
 
 A real worker with everything on (tenants with limits, access log, prefix affinity) gets the bytes of requests
 from transports that only count what is written to them, and engines' answers the same way. What is left out
@@ -96,7 +96,7 @@ def request_bytes(size: int, count: int = 16) -> list[bytes]:
         messages = [workload.message("system", systems[index % 4]), workload.message("user", user)]
         body = workload.chat(messages, max_tokens=32, stream=False)
         head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:8080\r\ncontent-type: application/json\r\n"
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:8080\r\ncontent-type: application/json\r\n"
             f"authorization: Bearer {API_KEY}\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         requests.append(head.encode() + body)

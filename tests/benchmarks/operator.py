@@ -321,8 +321,8 @@ def main() -> int:
         asyncio.run(Bench(options, report, Path(directory), plane).run())
     report.notes += [
         "What bounds it: a cold sync is two writes to the API server for each ModelDeployment (finalizer,",
-        "status) and one route; a change waits for the PUT under way, as each PUT and the GET before it carry",
-        "all applications. Ray is a stand-in here: with a real one its own PUT of so many comes on top.",
+        "status) and one route; a change waits for the PUT under way, as each PUT and the GET before it",
+        "carry all applications. Ray is a stand-in here: with a real one its own PUT comes on top.",
     ]
     report.print()
     print(report.write())

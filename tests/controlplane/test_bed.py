@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,13 @@ from tests.controlplane.bed import (
     ControlPlane,
     NodeGroup,
     Permission,
+    StandIn,
     build,
     permissions,
     wait_until,
 )
 from tests.controlplane.bed import nodes as machines
+from tests.controlplane.bed.process import http_ok
 from tests.controlplane.pods import condition, gpu_pod, wait_ready
 
 CHART = Path(__file__).parent / "testdata" / "capabilities"
@@ -117,6 +123,34 @@ def test_deployment_becomes_available_and_is_collected_with_its_pods(
     cluster.kubectl("rollout", "status", "deployment/web", "-n", namespace, "--timeout=30s")
     cluster.kubectl("delete", "deployment", "web", "-n", namespace, "--wait=false")
     wait_until(lambda: not cluster.list("pods", namespace), timeout=30, what="pods collected")
+
+
+def test_a_process_of_this_machine_can_answer_for_a_pod(control_plane: ControlPlane, namespace: str) -> None:
+    pod = {
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "labels": {"app": "web"}},
+        "spec": {"containers": [{"name": "web", "image": "web", "ports": [{"containerPort": 8080}]}]},
+    }  # fmt: skip
+    service = {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]},
+    }  # fmt: skip
+    control_plane.apply(pod, service, namespace=namespace)
+    wait_ready(control_plane, "pod", "web", namespace)
+    local = control_plane.ports.take()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, name="stand-in").start()
+        control_plane.stand_in(StandIn(namespace, "web", {8080: server.server_port}))
+        forward = subprocess.Popen(
+            [build.kubectl_path(), "port-forward", "service/web", f"{local}:80", "-n", namespace],
+            env={**os.environ, "KUBECONFIG": str(control_plane.kubeconfig())},
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(lambda: http_ok(f"http://127.0.0.1:{local}/"), timeout=20, what="an answer of the pod")
+        finally:
+            forward.kill()
+            forward.wait()
+            server.shutdown()
 
 
 def test_job_completes(cluster: Cluster, namespace: str) -> None:

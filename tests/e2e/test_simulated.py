@@ -1,4 +1,4 @@
-"""The whole path with simulated engines: file, planner, Ray Serve, registry, router; quick enough to run often."""
+"""The whole path with simulated engines, quick enough to run often."""
 
 from __future__ import annotations
 

@@ -50,6 +50,10 @@ def quantity_value(value: str) -> float:
     return float(number) * _QUANTITY_FACTOR[value[len(number) :]]
 
 
+SMALLEST_MEMORY: Final = "1Mi"
+"""Less is a number without its unit."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """A cross-field rule, said twice: in CEL for the API server, in Python for files and for the operator.
@@ -65,6 +69,26 @@ class Rule:
     message: str
     check: Callable[[Any], bool] | None
     field: str = ""
+
+
+def memory_rule(field: str, attribute: str) -> Rule:
+    """The rule that an amount of memory has a unit that makes sense.
+
+    Args:
+        field: as users write it.
+        attribute: the same in Python.
+    """
+
+    def enough(owner: Any) -> bool:
+        value = getattr(owner, attribute)
+        return value is None or quantity_value(value) >= quantity_value(SMALLEST_MEMORY)
+
+    return Rule(
+        cel=f"!has(self.{field}) || quantity(self.{field}).compareTo(quantity('{SMALLEST_MEMORY}')) >= 0",
+        message=f"{field} must be at least {SMALLEST_MEMORY}: write a unit, as in 8Gi",
+        check=enough,
+        field=field,
+    )
 
 
 class RuleFailuresError(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from dataclasses import dataclass
 from functools import cache
@@ -96,10 +97,35 @@ def parse_resources(text: str, file: str) -> list[Resource]:
 def parse_object(body: dict[str, Any], where: str = "") -> Resource:
     """A resource from an object as the API server gives it.
 
+    Fields that this release does not know were let in by the CRD of a newer one, which a rollback leaves in
+    place: they are passed over, as is a status that can't be read. In files they are mistakes.
+
     Raises:
         InvalidResourcesError: with all problems.
     """
-    return _build(body, lambda _path: where or _name_of(body))
+
+    def name(_path: Path) -> str:
+        return where or _name_of(body)
+
+    try:
+        return _build(body, name)
+    except InvalidResourcesError as error:
+        cause = error.__cause__
+        if not isinstance(cause, ValidationError):
+            raise
+        return _build(_readable(body, cause), name)
+
+
+def _readable(body: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    """The object without unknown fields, and without its status where that has other faults."""
+    body = copy.deepcopy(body)
+    for detail in error.errors():
+        path = detail["loc"]
+        if detail["type"] == "extra_forbidden":
+            _value(body, path[:-1]).pop(path[-1], None)
+        elif path[:1] == ("status",):
+            body.pop("status", None)
+    return body
 
 
 def _compose(text: str, file: str) -> list[yaml.Node]:

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints
 
-from modelfleet_operator.api.base import ApiModel, Percent, PositiveInt, Quantity, Rule, quantity_value
+from modelfleet_operator.api.base import (
+    ApiModel,
+    Percent,
+    PositiveInt,
+    Quantity,
+    Rule,
+    memory_rule,
+    quantity_value,
+)
 from modelfleet_serving.contract import EngineSettings, LoraSettings
 
 EngineType = Literal["vLLM", "SGLang", "Simulator"]
@@ -110,26 +118,26 @@ class EngineSpec(ApiModel):
             check=lambda self: self.gpu_memory_percent is None or self.kv_cache_memory is None,
             field="kvCacheMemory",
         ),
+        memory_rule("kvCacheMemory", "kv_cache_memory"),
     )
 
     def over(self, base: EngineSpec | None) -> EngineSpec:
         """This engine's fields, and the base's where this has none; `args` and `env` merge by name."""
         if base is None:
             return self
-        merged = {name: getattr(base, name) for name in base.model_fields_set}
-        merged |= {
-            name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None
+        chosen: dict[str, Any] = {
+            name: value for name in self.model_fields_set if (value := getattr(self, name)) is not None
         }
         if base.args and self.args:
-            merged["args"] = base.args | self.args
+            chosen["args"] = base.args | self.args
         if base.env and self.env:
-            merged["env"] = list({v.name: v for v in [*base.env, *self.env]}.values())
+            chosen["env"] = list({v.name: v for v in [*base.env, *self.env]}.values())
         # The merge of two valid specs may break a rule: the variant's choice wins.
         if self.gpu_memory_percent is not None:
-            merged.pop("kv_cache_memory", None)
+            chosen["kv_cache_memory"] = None
         if self.kv_cache_memory is not None:
-            merged.pop("gpu_memory_percent", None)
-        return EngineSpec.model_construct(**merged)
+            chosen["gpu_memory_percent"] = None
+        return base.model_copy(update=chosen)
 
     def settings(self, adapters: int = 0) -> EngineSettings:
         """The settings on the wire, as the user wrote them: what was left open stays open for the plan.

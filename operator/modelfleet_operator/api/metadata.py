@@ -32,5 +32,4 @@ class Metadata(ApiModel):
     creation_timestamp: str | None = None
     deletion_timestamp: str | None = None
     labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
     finalizers: list[str] = []

@@ -8,14 +8,13 @@ from pydantic import Field, StringConstraints
 
 from modelfleet_operator.api.base import (
     HELD_BY_SCHEMA,
-    MAX_NAME_LENGTH,
     ApiModel,
     Duration,
     Name,
     Rule,
 )
 from modelfleet_operator.api.engine import EngineSpec
-from modelfleet_operator.api.metadata import Metadata
+from modelfleet_operator.api.resource import Resource
 from modelfleet_operator.api.status import ModelDeploymentStatus
 
 Quantization = Literal[
@@ -227,33 +226,31 @@ class ModelDeploymentSpec(ApiModel):
     )
 
 
-class ModelDeployment(ApiModel):
+class ModelDeployment(Resource):
     """One model with one or more quantization variants, each on the accelerators that fit it."""
 
-    api_version: Literal["modelfleet.io/v1alpha1"] = "modelfleet.io/v1alpha1"
-    """Version of this schema."""
     kind: Literal["ModelDeployment"] = "ModelDeployment"
     """Kind of the resource."""
-    metadata: Metadata
-    """Name and namespace."""
     spec: ModelDeploymentSpec
     """What the user wants."""
     status: ModelDeploymentStatus | None = None
     """Observed state; written by the operator."""
 
     rules = (
+        *Resource.rules,
         Rule(
-            cel=f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters",
-            check=lambda self: len(self.metadata.name) <= MAX_NAME_LENGTH,
-            field="metadata.name",
+            cel=(
+                "has(self.spec.model.name) || !has(self.spec.adapters)"
+                " || self.spec.adapters.all(a, a.name != self.metadata.name)"
+            ),
+            message="an adapter must not have the name of its model, here the resource's",
+            check=lambda self: (
+                self.spec.model.name is not None
+                or all(a.name != self.metadata.name for a in self.spec.adapters)
+            ),
+            field="spec.adapters",
         ),
     )
-
-    @property
-    def key(self) -> str:
-        """``namespace/name``."""
-        return f"{self.metadata.namespace}/{self.metadata.name}"
 
     @property
     def model_name(self) -> str:
@@ -274,7 +271,8 @@ class ModelDeployment(ApiModel):
 
     def needs_facts(self, variant: Variant) -> bool:
         """Whether the plan depends on the checkpoint; the simulator reads none."""
-        return self.engine(variant).type != "Simulator"
+        chosen = (engine.type for engine in (variant.engine, self.spec.engine) if engine and engine.type)
+        return next(chosen, "") != "Simulator"
 
     def weight(self, variant: Variant) -> int:
         """Weight of a variant for the bare model name; all alike where none are given."""

@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, StringConstraints
 
 from modelfleet_operator.api.base import (
     HELD_BY_SCHEMA,
-    MAX_NAME_LENGTH,
     ApiModel,
     Duration,
     Name,
     Quantity,
     Rule,
+    memory_rule,
 )
-from modelfleet_operator.api.metadata import Metadata
 from modelfleet_operator.api.model_deployment import AcceleratorType
+from modelfleet_operator.api.resource import Resource
 from modelfleet_operator.api.status import ServingPoolStatus
 
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=512)]
 Image = Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)]
 Label = Annotated[str, StringConstraints(max_length=253)]
+
+
+def _is_url(value: str | None) -> bool:
+    """Whether an address can be called: a host, and a port that there is."""
+    if value is None:
+        return True
+    try:
+        parts = urlsplit(value)
+        return bool(parts.hostname) and (parts.port is None or 0 < parts.port < 65536) and "@" not in value
+    except ValueError:  # brackets that hold no IPv6 address, a port that is no number
+        return False
+
+
+def _url_rule(field: str) -> Rule:
+    """The rule that a field of `ray` is an address that can be called."""
+    return Rule(
+        cel=(
+            f"!has(self.{field}) || (isURL(self.{field}) && url(self.{field}).getHostname() != ''"
+            f" && !self.{field}.contains('@'))"
+        ),
+        message=f"ray.{field} must be a URL with a host, without a user: http://ray-head:8265",
+        check=lambda self: _is_url(getattr(self, field)),
+        field=field,
+    )
 
 
 class SecretKey(ApiModel):
@@ -77,6 +102,7 @@ class AcceleratorGroup(ApiModel):
             check=lambda self: self.min_nodes <= self.max_nodes,
             field="minNodes",
         ),
+        memory_rule("memoryPerNode", "memory_per_node"),
     )
 
 
@@ -165,6 +191,8 @@ class RaySpec(ApiModel):
             ),
             field="registry",
         ),
+        _url_rule("address"),
+        _url_rule("registry"),
     )
 
 
@@ -188,33 +216,15 @@ class ServingPoolSpec(ApiModel):
     )
 
 
-class ServingPool(ApiModel):
+class ServingPool(Resource):
     """One Ray cluster with its accelerators, on which models run."""
 
-    api_version: Literal["modelfleet.io/v1alpha1"] = "modelfleet.io/v1alpha1"
-    """Version of this schema."""
     kind: Literal["ServingPool"] = "ServingPool"
     """Kind of the resource."""
-    metadata: Metadata
-    """Name and namespace."""
     spec: ServingPoolSpec
     """What the administrator wants."""
     status: ServingPoolStatus | None = None
     """Observed state; written by the operator."""
-
-    rules = (
-        Rule(
-            cel=f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters",
-            check=lambda self: len(self.metadata.name) <= MAX_NAME_LENGTH,
-            field="metadata.name",
-        ),
-    )
-
-    @property
-    def key(self) -> str:
-        """``namespace/name``."""
-        return f"{self.metadata.namespace}/{self.metadata.name}"
 
     def group(self, accelerator: str) -> AcceleratorGroup | None:
         """The group of an accelerator type."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 from modelfleet_operator.api.base import ApiModel
 
@@ -12,7 +12,13 @@ Text = Annotated[str, StringConstraints(max_length=32768)]
 Decimal = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?$", max_length=24)]
 
 
-class Condition(ApiModel):
+class StatusModel(ApiModel):
+    """Base of all status types. What a newer release has written is let through unseen after a rollback."""
+
+    model_config = ConfigDict(**{**ApiModel.model_config, "extra": "ignore"})
+
+
+class Condition(StatusModel):
     """One aspect of the resource's state."""
 
     type: Annotated[str, StringConstraints(max_length=64)]
@@ -29,7 +35,7 @@ class Condition(ApiModel):
     """Why, for people."""
 
 
-class PlanStatus(ApiModel):
+class PlanStatus(StatusModel):
     """What the planner worked out for a variant. Sizes are per GPU, in GiB."""
 
     weights_gi_b: Decimal | None = None
@@ -44,7 +50,7 @@ class PlanStatus(ApiModel):
     """Whether the sizes are what the engine reported; otherwise they are calculated."""
 
 
-class RejectionStatus(ApiModel):
+class RejectionStatus(StatusModel):
     """Why a variant does not run on an accelerator."""
 
     accelerator: str
@@ -55,7 +61,7 @@ class RejectionStatus(ApiModel):
     """The arithmetic or the rule."""
 
 
-class MeasurementStatus(ApiModel):
+class MeasurementStatus(StatusModel):
     """What an engine reported at boot, kept for the next plan."""
 
     accelerator: str
@@ -72,7 +78,7 @@ class MeasurementStatus(ApiModel):
     """Tokens that the KV cache holds."""
 
 
-class VariantStatus(ApiModel):
+class VariantStatus(StatusModel):
     """State of one variant."""
 
     name: str
@@ -103,7 +109,7 @@ class VariantStatus(ApiModel):
     """What the variant's engines reported, by accelerator."""
 
 
-class ModelDeploymentStatus(ApiModel):
+class ModelDeploymentStatus(StatusModel):
     """Observed state; written by the operator."""
 
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra={"x-map-key": "type"})] = []
@@ -126,7 +132,7 @@ class ModelDeploymentStatus(ApiModel):
     """State of each variant."""
 
 
-class AcceleratorStatus(ApiModel):
+class AcceleratorStatus(StatusModel):
     """What a pool has of one accelerator type."""
 
     type: str
@@ -141,7 +147,7 @@ class AcceleratorStatus(ApiModel):
     """Accelerators that the autoscaler may still add."""
 
 
-class ServingPoolStatus(ApiModel):
+class ServingPoolStatus(StatusModel):
     """Observed state; written by the operator."""
 
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra={"x-map-key": "type"})] = []

@@ -23,13 +23,11 @@ class Accelerator:
         vendor: ``NVIDIA``, ``Huawei`` or ``CPU``.
         memory_gib: what the driver shows to a process; 0 for CPU, whose memory is the node's.
         compute_capability: NVIDIA's (major, minor); ``None`` for others.
-        bandwidth_gbs: memory bandwidth in GB/s.
         dtypes: activation types with native support.
         ray_type: Ray's accelerator type.
         resource: Kubernetes extended resource.
         product_labels: values of ``nvidia.com/gpu.product``.
         relative_cost: price of one, relative to a T4.
-        interconnect: ``NVLink``, ``PCIe`` or empty.
         slice: a part of a GPU: no tensor parallelism over several.
     """
 
@@ -37,13 +35,11 @@ class Accelerator:
     vendor: str
     memory_gib: float
     compute_capability: tuple[int, int] | None
-    bandwidth_gbs: float
     dtypes: frozenset[str]
     ray_type: str | None
     resource: str | None
     product_labels: tuple[str, ...]
     relative_cost: float
-    interconnect: str
     slice: bool
 
     @property
@@ -66,13 +62,11 @@ def _parse(entry: Mapping[str, Any]) -> Accelerator:
         vendor=vendor,
         memory_gib=float(entry["memoryGiB"]),
         compute_capability=(int(major), int(minor)) if capability else None,
-        bandwidth_gbs=float(entry["bandwidthGBs"]),
         dtypes=frozenset(entry["dtypes"]),
         ray_type=entry.get("rayType"),
         resource=entry.get("resource", "nvidia.com/gpu" if vendor == "NVIDIA" else None),
         product_labels=tuple(entry.get("productLabels", ())),
         relative_cost=float(entry["relativeCost"]),
-        interconnect=str(entry.get("interconnect", "")),
         slice=bool(entry.get("slice", False)),
     )
 

@@ -57,7 +57,6 @@ class EngineDefaults:
         buffers_counted: whether buffers made before profiling are counted.
         encoder_profiled: runners that run the vision encoder when they profile.
         static_share: the share holds weights and KV cache only.
-        max_cuda_graph_batch: largest batch that a graph is captured for.
         batch: tokens and sequences of a step, by memory of the GPU.
         cpu_batch: the same on a CPU.
         reserve: how the share is worked out where the user names none.
@@ -74,7 +73,6 @@ class EngineDefaults:
     buffers_counted: bool
     encoder_profiled: frozenset[str]
     static_share: bool
-    max_cuda_graph_batch: int
     batch: tuple[tuple[float, BatchDefaults, frozenset[str]], ...]
     cpu_batch: BatchDefaults
     reserve: Reserve | None = None
@@ -134,7 +132,6 @@ def engine_defaults(engine: str, version: str | None = None) -> EngineDefaults |
         buffers_counted=bool(found["buffersCounted"]),
         encoder_profiled=frozenset(found["encoderProfiled"]),
         static_share=bool(found["staticShare"]),
-        max_cuda_graph_batch=int(found["maxCudaGraphBatch"]),
         batch=tuple(
             (
                 float(b["memoryGiB"]),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -109,21 +112,33 @@ class LocalFiles(CheckpointFiles):
             ) from error
 
 
-class FilesystemFiles(CheckpointFiles):
-    """An object store, through fsspec and the backend that is installed for it."""
+class ObjectStoreFiles(CheckpointFiles):
+    """A folder of an object store; its address and credentials stand in the environment.
 
-    def __init__(self, source: str) -> None:
+    Args:
+        source: ``s3://bucket/path`` or ``gs://bucket/path``.
+        timeout: seconds for one request and its retries.
+    """
+
+    def __init__(self, source: str, timeout: float) -> None:
         self.source = source.rstrip("/")
+        self.timeout = timedelta(seconds=timeout)
 
     @cached_property
-    def _opened(self) -> tuple[Any, str]:
-        import fsspec  # noqa: PLC0415  (backends import large SDKs: only where one is used)
+    def _store(self) -> Any:
+        from obstore.store import from_url  # noqa: PLC0415  (only where there is such a source)
 
-        try:
-            filesystem, path = fsspec.core.url_to_fs(self.source)
-        except ImportError as error:
-            raise CheckpointError("UnsupportedSource", f"{self.source}: {error}") from error
-        return filesystem, str(path)
+        with _store_errors(self.source):
+            return from_url(
+                self.source,
+                # Whoever names an http:// endpoint means it; without one it is https.
+                client_options={
+                    "allow_http": True,
+                    "timeout": self.timeout,
+                    "connect_timeout": self.timeout,
+                },
+                retry_config={"retry_timeout": self.timeout},
+            )
 
     def describe(self) -> str:
         """The source."""
@@ -131,36 +146,30 @@ class FilesystemFiles(CheckpointFiles):
 
     def names(self) -> list[str]:
         """The checkpoint's files."""
-        filesystem, path = self._opened
         with _store_errors(self.source):
-            return sorted(str(name).rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False))
+            return sorted(str(file["path"]) for file in self._store.list_with_delimiter()["objects"])
 
     def read_range(self, name: str, begin: int, end: int) -> bytes | None:
         """Bytes of one file."""
-        filesystem, path = self._opened
-        with _store_errors(self.source):
-            try:
-                return bytes(filesystem.cat_file(f"{path}/{name}", start=begin, end=end))
-            except FileNotFoundError:
-                return None
+        try:
+            with _store_errors(self.source):
+                return bytes(self._store.get_range(name, start=begin, end=end))
+        except FileNotFoundError:
+            return None
 
 
-class _store_errors:  # noqa: N801  (a context manager)
+@contextmanager
+def _store_errors(source: str) -> Iterator[None]:
     """Turns a store's errors into reasons."""
+    from obstore import exceptions  # noqa: PLC0415
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, PermissionError):
-            raise CheckpointError("Unauthorized", f"{self.source}: access denied") from error
-        if isinstance(error, FileNotFoundError):
-            raise CheckpointError("NotFound", f"{self.source} does not exist") from error
-        if isinstance(error, OSError):
-            raise CheckpointError("Unreachable", f"{self.source}: {error}", retryable=True) from error
+    try:
+        yield
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise CheckpointError("Unauthorized", f"{source}: access denied") from error
+    except exceptions.BaseError as error:
+        first = str(error).partition("\n")[0]  # its inner state follows
+        raise CheckpointError("Unreachable", f"{source}: {first}", retryable=True) from error
 
 
 class HubFiles(CheckpointFiles):
@@ -243,19 +252,13 @@ class HubFiles(CheckpointFiles):
         return bytes(response.content)[: end - begin]
 
 
-class _hub_errors:  # noqa: N801  (a context manager)
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
     """Turns the hub's errors into reasons."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception):
-            return
-        raise hub_problem(self.source, error) from error
+    try:
+        yield
+    except Exception as error:  # the hub's client raises its own, requests' and the system's
+        raise hub_problem(source, error) from error
 
 
 def hub_problem(source: str, error: Exception) -> CheckpointError:

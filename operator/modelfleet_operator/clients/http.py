@@ -11,7 +11,9 @@ import msgspec
 from modelfleet_operator.clients.errors import RefusedError, UnavailableError
 
 DEFAULT_TIMEOUT: Final = 30.0
-_MAX_ERROR_TEXT: Final = 2000
+_ERROR_HEAD: Final = 200
+_ERROR_TAIL: Final = 600
+"""Characters of an error's beginning and end: the one tells a page from a traceback, the other says why."""
 
 
 class JsonClient:
@@ -43,15 +45,24 @@ class JsonClient:
         *,
         body: bytes | None = None,
         query: Mapping[str, str] | None = None,
+        extra: Mapping[str, str] | None = None,
         limit_seconds: float | None = None,
     ) -> tuple[int, bytes]:
         """Status and body of the answer; 304 and 404 are answers, too.
+
+        Args:
+            method: HTTP method.
+            path: below the address.
+            body: JSON.
+            query: parameters.
+            extra: further headers.
+            limit_seconds: in place of the client's time-out.
 
         Raises:
             UnavailableError: no connection, time-out, or a 5xx answer.
             RefusedError: any other 4xx answer.
         """
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", **(extra or {})}
         if token := self._token():
             headers["authorization"] = f"Bearer {token}"
         limit = aiohttp.ClientTimeout(total=limit_seconds or self._timeout, sock_connect=5)
@@ -68,7 +79,7 @@ class JsonClient:
         if answer.status >= 500 or answer.status == 429:
             raise UnavailableError(f"{method} {url}: {answer.status} {_text(content)}")
         if answer.status >= 400 and answer.status != 404:
-            raise RefusedError(f"{method} {url}: {answer.status} {_text(content)}")
+            raise RefusedError(f"{method} {url}: {answer.status} {_text(content)}", answer.status)
         return answer.status, content
 
     def decode(self, content: bytes, kind: Any) -> Any:
@@ -80,8 +91,12 @@ class JsonClient:
         try:
             return msgspec.json.decode(content, type=kind)
         except msgspec.DecodeError as error:
-            raise UnavailableError(f"{self.address}: answer not understood: {error}") from error
+            seen = _text(content[:80])
+            raise UnavailableError(f"{self.address}: answer not understood: {error}: {seen!r}") from error
 
 
 def _text(content: bytes) -> str:
-    return content[:_MAX_ERROR_TEXT].decode(errors="replace").strip()
+    text = " ".join(content.decode(errors="replace").split())
+    if len(text) <= _ERROR_HEAD + _ERROR_TAIL:
+        return text
+    return f"{text[:_ERROR_HEAD]} ... {text[-_ERROR_TAIL:]}"

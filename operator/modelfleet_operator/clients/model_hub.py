@@ -21,9 +21,9 @@ import platformdirs
 from modelfleet_operator.clients.checkpoint_files import (
     CheckpointError,
     CheckpointFiles,
-    FilesystemFiles,
     HubFiles,
     LocalFiles,
+    ObjectStoreFiles,
 )
 from modelfleet_operator.clients.tensor_bytes import tensor_bytes
 from modelfleet_operator.planner.config import facts_from_config
@@ -42,7 +42,7 @@ CACHE_VERSION: Final = 1
 MAX_CONFIG_BYTES: Final = 4 * 2**20
 UNSEEN_REASONS: Final = frozenset({"SourceNotMounted", "UnsupportedSource"})
 """The engine's node may well reach such a source, though this process can't."""
-REMOTE_FILESYSTEMS: Final = ("s3", "gs")
+OBJECT_STORES: Final = ("s3", "gs")
 
 
 @dataclass
@@ -105,8 +105,8 @@ class ModelHub:
                     retryable=True,
                 )
             return LocalFiles(directory / path)
-        if scheme in REMOTE_FILESYSTEMS:
-            return FilesystemFiles(source)
+        if scheme in OBJECT_STORES:
+            return ObjectStoreFiles(source, self.timeout_seconds / 3)
         raise CheckpointError("UnsupportedSource", f"{source}: facts can't be read from {scheme}:// sources")
 
     def _cache_file(self, files: CheckpointFiles) -> Path | None:

@@ -15,7 +15,6 @@ _QUERY: Final = {"detail": "true", "limit": "10000", "filter_keys": "state", "fi
 
 
 class _Node(msgspec.Struct):
-    node_id: str = ""
     state: str = ""
     is_head_node: bool = False
     resources_total: dict[str, float] | None = None

@@ -13,6 +13,7 @@ from typing import Final
 import aiohttp
 import msgspec
 
+from modelfleet_operator.clients.errors import UnavailableError
 from modelfleet_operator.clients.http import DEFAULT_TIMEOUT, JsonClient
 from modelfleet_operator.reconcile.applications import ApplicationState
 
@@ -38,7 +39,8 @@ class _Application(msgspec.Struct):
 
 
 class _ServeDetails(msgspec.Struct):
-    applications: dict[str, _Application] = {}
+    applications: dict[str, _Application]
+    """Always there in Ray's answer: one without it is another server's, not that of an empty cluster."""
 
 
 class RayServeClient(JsonClient):
@@ -64,7 +66,11 @@ class RayServeClient(JsonClient):
             UnavailableError: the dashboard does not answer.
             RefusedError: the token is wrong.
         """
-        _, content = await self.call("GET", _PATH)
+        status, content = await self.call("GET", _PATH)
+        if status != 200:
+            raise UnavailableError(
+                f"GET {self.address}{_PATH}: {status}: this is not the dashboard of a Ray with Serve"
+            )
         details: _ServeDetails = self.decode(content, _ServeDetails)
         self._seen = {name: self._state(name, app) for name, app in details.applications.items()}
         return {name: state for name, (_, state) in self._seen.items()}
@@ -77,7 +83,9 @@ class RayServeClient(JsonClient):
             RefusedError: Serve does not accept the configuration.
         """
         body = b'{"proxy_location":"Disabled","applications":[%b]}' % b",".join(configs)
-        await self.call("PUT", _PATH, body=body, limit_seconds=PUT_SECONDS)
+        status, _ = await self.call("PUT", _PATH, body=body, limit_seconds=PUT_SECONDS)
+        if status != 200:
+            raise UnavailableError(f"PUT {self.address}{_PATH}: {status}: nothing was taken")
 
     def _state(self, name: str, app: _Application) -> tuple[bytes, ApplicationState]:
         content = hashlib.blake2b(digest_size=16)

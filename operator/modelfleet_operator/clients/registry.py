@@ -47,3 +47,11 @@ class RegistryClient(JsonClient):
             UnavailableError: the registry does not answer.
         """
         await self.call("DELETE", f"/v1/routes/{quote(namespace)}/{quote(deployment)}")
+
+    async def complete_routes(self) -> None:
+        """Say that there are no further routes: without any, a young registry waits for the first.
+
+        Raises:
+            UnavailableError: the registry does not answer.
+        """
+        await self.call("POST", "/v1/routes/complete")

@@ -56,7 +56,6 @@ def _weight_only(config: Config) -> CheckpointQuantization:
         group_size=group if group > 0 else None,
         symmetric=symmetric,
         quantizes_head=bool(config.get("lm_head", False)),
-        desc_act=bool(config.get("desc_act", False)),
         ignored=_ignored(config),
     )
 

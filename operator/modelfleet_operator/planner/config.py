@@ -81,7 +81,6 @@ def facts_from_config(
         quantization=quantization,
         vision=vision.facts if vision else None,
         rope_values=_rope_values(text, shape),
-        tied_embeddings=shape.tied,
         tensor_bytes=MappingProxyType(dict(tensor_bytes or {})),
         source=source,
         revision=revision,

@@ -108,7 +108,6 @@ class CheckpointQuantization:
     block: tuple[int, int] | None = None
     quantizes_head: bool = False
     quantizes_vision: bool = False
-    desc_act: bool = False
     ignored: tuple[str, ...] = ()
 
 
@@ -160,7 +159,6 @@ class ModelFacts:
         quantization: what the checkpoint says of it.
         vision: an encoder beside the language model.
         rope_values: entries of the rotary tables that engines keep beside the weights.
-        tied_embeddings: whether the output head is the embedding.
         tensor_bytes: bytes of all tensors by dtype, from the safetensors headers; empty without them.
         source: where the facts came from.
         revision: commit of the source, where it has one.
@@ -186,7 +184,6 @@ class ModelFacts:
     quantization: CheckpointQuantization | None = None
     vision: Vision | None = None
     rope_values: int = 0
-    tied_embeddings: bool = False
     tensor_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source: str = ""
     revision: str = ""

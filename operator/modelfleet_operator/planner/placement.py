@@ -48,8 +48,20 @@ def plan_all(requests: Mapping[str, VariantRequest], pool: PoolView) -> dict[str
     capacity = {group.accelerator: GroupCapacity.of(group) for group in pool.groups}
     sizes: Sizes = {}
     order = sorted(requests, key=lambda key: requests[key].current is None)
-    results = {key: _Placement(requests[key], pool, capacity, sizes).run() for key in order}
+    results = {key: _plan_one(requests[key], pool, capacity, sizes) for key in order}
     return {key: results[key] for key in requests}
+
+
+def _plan_one(
+    request: VariantRequest, pool: PoolView, capacity: dict[str, GroupCapacity], sizes: Sizes
+) -> PlanResult:
+    try:
+        return _Placement(request, pool, capacity, sizes).run()
+    except Exception as error:  # noqa: BLE001  one odd checkpoint must not keep all others from their plans
+        text = f"the arithmetic fails on this checkpoint ({type(error).__name__}: {error}); please report it"
+        return PlanResult(
+            None, (Rejection("", Rule.PLANNER_FAILED, text),), (), str(Rule.PLANNER_FAILED), text
+        )
 
 
 def _alike(request: VariantRequest) -> tuple[object, ...]:
@@ -155,8 +167,9 @@ class _Placement:
         self.asked.add(key)
         group = self.groups.get(preference.type)
         if group is None:
+            there = f", only {', '.join(sorted(self.groups))}" if self.groups else ""
             found: Sized | Rejection = Rejection(
-                preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}"
+                preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}{there}"
             )
         else:
             found = self._size(preference, group)

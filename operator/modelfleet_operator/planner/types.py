@@ -19,9 +19,8 @@ class Rule(enum.StrEnum):
     # The model
     MODEL_UNAVAILABLE = "ModelUnavailable"
     READING_MODEL = "ReadingModel"
-    ARCHITECTURE_UNKNOWN = "ArchitectureUnknown"
+    PLANNER_FAILED = "PlannerFailed"
     ARCHITECTURE_NOT_SUPPORTED = "ArchitectureNotSupported"
-    TASK_NOT_SUPPORTED = "TaskNotSupported"
     ADAPTERS_NOT_SUPPORTED = "AdaptersNotSupported"
     QUANTIZATION_MISMATCH = "QuantizationMismatch"
     CONTEXT_TOO_LONG = "ContextTooLong"
@@ -37,7 +36,6 @@ class Rule(enum.StrEnum):
     TENSOR_PARALLEL = "TensorParallelSize"
     WEIGHTS_DO_NOT_FIT = "WeightsDoNotFit"
     KV_CACHE_DOES_NOT_FIT = "KVCacheDoesNotFit"
-    MULTIMODAL_DOES_NOT_FIT = "MultimodalItemsDoNotFit"
     # The pool
     NOT_IN_POOL = "AcceleratorNotInPool"
     NODE_TOO_SMALL = "NodeTooSmall"

@@ -7,7 +7,7 @@ are asked again when something was given back.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -171,13 +171,6 @@ class PoolPlanner:
         preference = (AcceleratorPreference(result.plan.accelerator),)
         second = replace(self._requests[pair], accelerators=preference, current=None)
         return _plan({pair: second}, less(self._view, self._held.values()))[pair].fits
-
-    def holdings(self) -> dict[str, float]:
-        """Accelerators that plans hold, by type."""
-        total: dict[str, float] = defaultdict(float)
-        for held in self._held.values():
-            total[held.accelerator] += held.demand.gpus * held.demand.nodes * held.replicas
-        return dict(total)
 
 
 def demand_of(plan: VariantPlan) -> Demand:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from modelfleet_operator.api import ServingPool
 from modelfleet_operator.api.status import AcceleratorStatus, Condition, ServingPoolStatus
@@ -13,20 +14,26 @@ USED_BY_LIMIT = 4096
 _NAMED = 10
 
 
-def cluster_finding(*, connected: bool, error: str, pending: str = "") -> Finding:
+@dataclass(frozen=True)
+class Trouble:
+    """What keeps a Ray cluster from being used."""
+
+    reason: str
+    message: str
+
+
+def cluster_finding(*, connected: bool, trouble: Trouble | None) -> Finding:
     """``ClusterReady``.
 
     Args:
         connected: whether Ray answered the last call.
-        error: why it did not.
-        pending: what a cluster that is being made waits for; empty where there is none to make.
+        trouble: what is in the way; beside a Ray that answers: of the cluster as it shall be.
     """
     if connected:
-        return Finding("ClusterReady", "True", "RayAnswers", "Ray Serve answers")
-    if pending:
-        return Finding("ClusterReady", "False", "ClusterStarting", pending)
-    if error:
-        return Finding("ClusterReady", "False", "RayUnreachable", error)
+        behind = f", but the cluster is not as it shall be: {trouble.message}" if trouble else ""
+        return Finding("ClusterReady", "True", "RayAnswers", f"Ray Serve answers{behind}")
+    if trouble is not None:
+        return Finding("ClusterReady", "False", trouble.reason, trouble.message)
     return Finding("ClusterReady", "Unknown", "Connecting", "Ray has not answered yet")
 
 

@@ -6,14 +6,17 @@ holds its engine. The image is chosen by a custom Ray resource of the engine bes
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from modelfleet_operator.api import AcceleratorGroup, ServingPool, duration_seconds
 from modelfleet_operator.api.base import GROUP
-from modelfleet_operator.api.serving_pool import RayClusterSpec, Toleration
+from modelfleet_operator.api.serving_pool import GcsFaultTolerance, RayClusterSpec, Toleration
 from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.catalog.engines import default_version
 from modelfleet_operator.planner.inputs import ray_resource
@@ -21,6 +24,7 @@ from modelfleet_operator.reconcile.applications import engine_resource
 from modelfleet_serving.contract import REGISTRY_PORT
 
 POOL_LABEL: Final = f"{GROUP}/pool"
+APPLIED: Final = f"{GROUP}/applied"
 DASHBOARD_PORT: Final = 8265
 TOKEN_KEY: Final = "auth_token"  # noqa: S105  the key's name is KubeRay's
 MARKS_PER_NODE: Final = 1000
@@ -103,14 +107,19 @@ def labels_of(pool: ServingPool) -> dict[str, str]:
 def token_secret(pool: ServingPool, token: str) -> dict[str, Any]:
     """The Secret with the cluster's token."""
     return {
-        "metadata": {
-            "name": token_secret_name(pool),
-            "namespace": pool.metadata.namespace,
-            "labels": labels_of(pool),
-            "ownerReferences": [owner_reference(pool)],
-        },
+        "metadata": _metadata(pool, token_secret_name(pool)),
         "type": "Opaque",
         "stringData": {TOKEN_KEY: token},
+    }
+
+
+def _metadata(pool: ServingPool, name: str) -> dict[str, Any]:
+    """Of a child of the pool, which goes with it."""
+    return {
+        "name": name,
+        "namespace": pool.metadata.namespace,
+        "labels": labels_of(pool),
+        "ownerReferences": [owner_reference(pool)],
     }
 
 
@@ -128,7 +137,20 @@ def ray_cluster(
     spec = pool.spec.ray.cluster
     if spec is None:
         raise ValueError(f"pool {pool.key} has the address of a cluster that is there already")
-    replicas = _autoscaled(running)
+    body = _spec(pool, spec, images, {})
+    # Of everything we ask for: without it nobody would see that a field is no longer wanted.
+    content = msgspec.json.encode(body, order="deterministic")
+    metadata = _metadata(pool, cluster_name(pool))
+    metadata["annotations"] = {APPLIED: hashlib.sha256(content).hexdigest()[:16]}
+    return {"metadata": metadata, "spec": _spec(pool, spec, images, _autoscaled(running))}
+
+
+def _spec(
+    pool: ServingPool,
+    spec: RayClusterSpec,
+    images: EngineImages,
+    replicas: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
     body: dict[str, Any] = {
         "rayVersion": spec.version,
         "enableInTreeAutoscaling": True,
@@ -150,20 +172,16 @@ def ray_cluster(
         ],
     }
     if spec.gcs_fault_tolerance is not None:
-        tolerance = spec.gcs_fault_tolerance
-        body["gcsFaultToleranceOptions"] = {"redisAddress": tolerance.redis_address}
-        if tolerance.password is not None:
-            secret = {"secretKeyRef": {"name": tolerance.password.name, "key": tolerance.password.key}}
-            body["gcsFaultToleranceOptions"]["redisPassword"] = {"valueFrom": secret}
-    return {
-        "metadata": {
-            "name": cluster_name(pool),
-            "namespace": pool.metadata.namespace,
-            "labels": labels_of(pool),
-            "ownerReferences": [owner_reference(pool)],
-        },
-        "spec": body,
-    }
+        body["gcsFaultToleranceOptions"] = _fault_tolerance(spec.gcs_fault_tolerance)
+    return body
+
+
+def _fault_tolerance(tolerance: GcsFaultTolerance) -> dict[str, Any]:
+    options: dict[str, Any] = {"redisAddress": tolerance.redis_address}
+    if tolerance.password is not None:
+        secret = {"name": tolerance.password.name, "key": tolerance.password.key}
+        options["redisPassword"] = {"valueFrom": {"secretKeyRef": secret}}
+    return options
 
 
 def _autoscaled(running: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,9 @@ from modelfleet_operator.reconcile.rollout import VariantRollout
 from modelfleet_serving.contract import EndpointState, Heartbeat
 
 _MAX_MESSAGE = 8000
+_TRACEBACK_LINES = 4
+_HEAD = 1000
+"""Characters from the beginning of a text that is too long; the rest is its end, where tracebacks say why."""
 
 
 def describe(
@@ -71,7 +74,7 @@ def _row(
         ready_replicas=ready,
         weight=weight,
         reason=reason,
-        message=message[:_MAX_MESSAGE],
+        message=_shortened(message),
         plan=_plan_status(plan) if plan else None,
         rejections=[
             RejectionStatus(accelerator=r.accelerator, reason=str(r.rule), message=r.message[:_MAX_MESSAGE])
@@ -188,13 +191,32 @@ def _ready(
         row for row in rows if row.reason not in ("Serving", "ScaledToZero") or rollouts[row.name].progressing
     ]
     if not waiting:
-        return Finding("Ready", "True", "AllVariantsReady")
-    if observed.blind:
-        return Finding("Ready", "Unknown", "RegistryUnavailable")
+        ready = ", ".join(f"{r.name}: {r.ready_replicas}/{r.replicas} replicas" for r in rows)
+        return Finding("Ready", "True", "AllVariantsReady", ready)
+    refused = [row for row in waiting if row.revision is None]
+    if observed.blind and not refused:
+        unseen = "the registry can't be reached or has just started: what runs goes on"
+        return Finding("Ready", "Unknown", "RegistryUnavailable", unseen)
+    # What can't run at all is said first: it will not pass by waiting.
+    waiting = [*refused, *(row for row in waiting if row not in refused)]
     first = waiting[0]
     reason = first.reason if first.reason not in ("Serving", "ScaledToZero") else "RollingOut"
-    message = "; ".join(f"{r.name}: {r.message or r.reason}" for r in waiting)
+    message = "; ".join(f"{r.name}: {_gist(r.message) or r.reason}" for r in waiting)
     return Finding("Ready", "False", reason, message[:_MAX_MESSAGE])
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_MESSAGE:
+        return text
+    return f"{text[:_HEAD]}\n...\n{text[_HEAD - _MAX_MESSAGE + 5 :]}"
+
+
+def _gist(text: str) -> str:
+    """What a message begins and ends with; the whole stands in the variant's row."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) < _TRACEBACK_LINES:
+        return " ".join(lines)
+    return f"{lines[0]} ... {lines[-1]} (all of it in status.variants)"
 
 
 def deployment_status(

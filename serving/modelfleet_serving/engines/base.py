@@ -12,10 +12,21 @@ import enum
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
-from modelfleet_serving.contract import ApplicationArgs, EngineLoad, EngineMemory, EngineSettings, Task
+from modelfleet_serving.contract import (
+    ApplicationArgs,
+    EngineLoad,
+    EngineMemory,
+    EngineSettings,
+    LoraSettings,
+    Task,
+)
 from modelfleet_serving.engines.exposition import LoadMetrics, read_load
+
+KEEP_ALIVE_SECONDS: Final = 300
+"""How long an engine keeps an idle connection. The engines' own default of 5 s closes it just when a router
+is about to use it again."""
 
 
 class Platform(enum.StrEnum):
@@ -93,6 +104,16 @@ class Sleep:
     wake: Call
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterCalls:
+    """Where a running engine takes LoRA adapters and lets them go; both are POSTs."""
+
+    load: str
+    unload: str
+    not_loaded: int
+    """Status of an unload that has nothing to unload."""
+
+
 @dataclass(frozen=True)
 class SettingsProblem:
     """One thing wrong with an engine's settings."""
@@ -130,46 +151,52 @@ class EngineAdapter(abc.ABC):
     drain: ClassVar[Drain]
     sleep: ClassVar[Sleep | None] = None
     """``None`` for an engine that can't sleep."""
+    adapter_calls: ClassVar[AdapterCalls]
+    paths: ClassVar[Mapping[Task, frozenset[str]]]
+    """Paths that take requests of a task by POST; a task that the engine doesn't do is missing."""
 
     @abc.abstractmethod
     def problems(self, args: ApplicationArgs, launch: Launch) -> list[SettingsProblem]:
         """Everything that makes this start impossible; empty when it can be rendered."""
 
-    @abc.abstractmethod
     def command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
         """The command line, its first item an executable.
 
         Raises:
             EngineSettingsError: for settings that the engine can't be started with.
         """
+        self._check(args, launch)
+        return self._command(args, launch)
 
-    @abc.abstractmethod
     def environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
-        """Variables to set on top of the inherited environment.
+        """Variables to set on top of the inherited environment; the user's win over the adapter's.
 
         Raises:
             EngineSettingsError: for settings that the engine can't be started with.
         """
+        self._check(args, launch)
+        return {**self._environment(args, launch), **args.engine.env}
 
-    @abc.abstractmethod
     def endpoints(self, task: Task) -> frozenset[str]:
         """Paths that take requests of this task by POST; empty when the engine doesn't do it."""
+        return self.paths.get(task, frozenset())
 
-    @abc.abstractmethod
     def capacity(self, settings: EngineSettings) -> int | None:
         """Requests that the engine runs at once; ``None`` when that is the engine's own decision."""
+        return settings.max_num_seqs
 
     @abc.abstractmethod
     def read_log(self, line: str, known: EngineMemory) -> EngineMemory:
         """``known`` with what this line of the engine's log says about its memory; sizes are in GiB."""
 
-    @abc.abstractmethod
     def load_adapter(self, name: str, path: str) -> Call:
         """The call that loads a LoRA adapter into a running engine. 200 when it serves."""
+        return Call("POST", self.adapter_calls.load, {"lora_name": name, "lora_path": path})
 
-    @abc.abstractmethod
     def unload_adapter(self, name: str) -> Call:
-        """The call that unloads a LoRA adapter."""
+        """The call that unloads a LoRA adapter, which may have gone already."""
+        success = frozenset({200, self.adapter_calls.not_loaded})
+        return Call("POST", self.adapter_calls.unload, {"lora_name": name}, success)
 
     def read_load(self, exposition: str) -> EngineLoad:
         """The engine's work, from what its metrics path answered (Prometheus text format).
@@ -185,3 +212,20 @@ class EngineAdapter(abc.ABC):
         for line in lines:
             memory = self.read_log(line, memory)
         return memory
+
+    @abc.abstractmethod
+    def _command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
+        """:meth:`command` of settings without problems."""
+
+    @abc.abstractmethod
+    def _environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
+        """:meth:`environment` of settings without problems, without the user's own variables."""
+
+    def _check(self, args: ApplicationArgs, launch: Launch) -> None:
+        if problems := self.problems(args, launch):
+            raise EngineSettingsError(self.name, problems)
+
+
+def lora_settings(args: ApplicationArgs, launch: Launch) -> LoraSettings | None:
+    """``None`` without LoRA. Adapters without LoRA settings mean LoRA with the defaults."""
+    return args.engine.lora or (LoraSettings() if args.adapters or launch.adapters else None)

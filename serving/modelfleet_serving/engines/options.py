@@ -68,6 +68,34 @@ def render(args: Mapping[str, Any]) -> list[str]:
     return rendered
 
 
+def shared_options(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
+    """The options that vLLM and SGLang call by the same names."""
+    settings = args.engine
+    return {
+        "served-model-name": args.model,
+        "host": launch.host,
+        "port": launch.port,
+        "revision": launch.model_revision,
+        "kv-cache-dtype": settings.kv_cache_dtype,
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "load-format": settings.load_format,
+        "tool-call-parser": settings.tool_call_parser,
+        "reasoning-parser": settings.reasoning_parser,
+        "trust-remote-code": True if settings.trust_remote_code else None,
+    }
+
+
+def shared_environment(launch: Launch) -> dict[str, str]:
+    """The variables that every engine on Hugging Face's and NVIDIA's libraries reads."""
+    env: dict[str, str] = {}
+    if launch.model_is_local:
+        env["HF_HUB_OFFLINE"] = "1"
+    if launch.visible_devices:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.visible_devices)
+    return env
+
+
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"

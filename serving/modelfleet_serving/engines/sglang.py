@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 import msgspec.structs
 
-from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, LoraSettings, Task
+from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, Task
 from modelfleet_serving.engines.base import (
+    KEEP_ALIVE_SECONDS,
+    AdapterCalls,
     Call,
     Drain,
     EngineAdapter,
-    EngineSettingsError,
     Launch,
     Platform,
     Probe,
     SettingsProblem,
     Sleep,
+    lora_settings,
 )
 from modelfleet_serving.engines.exposition import LoadMetrics
 from modelfleet_serving.engines.options import (
@@ -29,6 +31,8 @@ from modelfleet_serving.engines.options import (
     one_of,
     render,
     settings_problems,
+    shared_environment,
+    shared_options,
 )
 
 DTYPES: Final = frozenset({"auto", "bfloat16", "float", "float16", "float32", "half"})
@@ -165,7 +169,7 @@ NEGATABLE: Final = frozenset(
 
 _EMBEDDING: Final = frozenset({Task.EMBED, Task.CLASSIFY})
 _TOKENIZE: Final = frozenset({"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize"})
-_ENDPOINTS: Final = {
+_PATHS: Final = {
     Task.GENERATE: frozenset(
         {
             "/v1/chat/completions",
@@ -174,15 +178,15 @@ _ENDPOINTS: Final = {
             "/v1/messages",
             "/v1/messages/count_tokens",
         }
-    ),
-    Task.EMBED: frozenset({"/v1/embeddings"}),
-    Task.RERANK: frozenset({"/v1/rerank"}),
-    Task.SCORE: frozenset({"/v1/score"}),
-    Task.CLASSIFY: frozenset({"/v1/classify", "/classify"}),
+    )
+    | _TOKENIZE,
+    Task.EMBED: frozenset({"/v1/embeddings"}) | _TOKENIZE,
+    Task.RERANK: frozenset({"/v1/rerank"}) | _TOKENIZE,
+    Task.SCORE: frozenset({"/v1/score"}) | _TOKENIZE,
+    Task.CLASSIFY: frozenset({"/v1/classify", "/classify"}) | _TOKENIZE,
     Task.TRANSCRIBE: frozenset({"/v1/audio/transcriptions"}),
 }
-
-KEEP_ALIVE_SECONDS: Final = 300
+"""As SGLang's HTTP server has them; it registers all of them for every model."""
 
 # SGLang writes GB and divides by 2**30.
 _WEIGHTS: Final = re.compile(r"Load weight end\..*\bmem usage=([\d.]+) GB")
@@ -216,6 +220,11 @@ class SGLang(EngineAdapter):
         sleep=Call("POST", "/release_memory_occupation", {}),
         wake=Call("POST", "/resume_memory_occupation", {}),
     )
+    # A load of what is loaded, or can't be, is answered 400, too.
+    adapter_calls: ClassVar[AdapterCalls] = AdapterCalls(
+        load="/load_lora_adapter", unload="/unload_lora_adapter", not_loaded=400
+    )
+    paths: ClassVar[Mapping[Task, frozenset[str]]] = _PATHS
 
     def problems(self, args: ApplicationArgs, launch: Launch) -> list[SettingsProblem]:
         """Everything that makes this start impossible."""
@@ -233,64 +242,6 @@ class SGLang(EngineAdapter):
             *_gaps(args),
         ]
 
-    def command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
-        """``python -m sglang.launch_server`` with every option."""
-        self._check(args, launch)
-        settings = args.engine
-        share = settings.gpu_memory_percent
-        typed: dict[str, Any] = {
-            "model-path": launch.model,
-            "served-model-name": args.model,
-            "host": launch.host,
-            "port": launch.port,
-            "revision": launch.model_revision,
-            "device": launch.platform.value,
-            "enable-metrics": True,
-            "context-length": settings.max_model_len,
-            "mem-fraction-static": share / 100 if share is not None else None,
-            "kv-cache-dtype": settings.kv_cache_dtype,
-            "disable-radix-cache": True if settings.prefix_caching is False else None,
-            **_batching(settings),
-            "dtype": settings.dtype,
-            "quantization": settings.quantization,
-            "load-format": settings.load_format,
-            "tp-size": settings.tensor_parallel_size,
-            "pp-size": settings.pipeline_parallel_size,
-            "tool-call-parser": settings.tool_call_parser,
-            "reasoning-parser": settings.reasoning_parser,
-            "limit-mm-data-per-request": settings.multimodal_limits or None,
-            "trust-remote-code": True if settings.trust_remote_code else None,
-            **_lora_options(args, launch),
-        }
-        # Sequence classifiers are recognised by their architecture; a causal model that embeds is not.
-        defaults: dict[str, Any] = {"enable-cache-report": True, "log-level-http": "warning"}
-        if args.task in _EMBEDDING:
-            defaults["is-embedding"] = True
-        free = merge(defaults, settings.args)
-        if free.get("is-embedding") is False:
-            del free["is-embedding"]
-        return [launch.python, "-m", "sglang.launch_server", *render(typed), *render(free)]
-
-    def environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
-        """Variables that SGLang takes its further settings from."""
-        self._check(args, launch)
-        env = {"SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS)}
-        if launch.platform is Platform.CPU:
-            env["SGLANG_USE_CPU_ENGINE"] = "1"
-        if launch.model_is_local:
-            env["HF_HUB_OFFLINE"] = "1"
-        if launch.visible_devices:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.visible_devices)
-        return {**env, **args.engine.env}
-
-    def endpoints(self, task: Task) -> frozenset[str]:
-        """As SGLang's HTTP server has them; it registers all of them for every model."""
-        return _ENDPOINTS[task] if task is Task.TRANSCRIBE else _ENDPOINTS[task] | _TOKENIZE
-
-    def capacity(self, settings: EngineSettings) -> int | None:
-        """SGLang's own default depends on the memory that is left."""
-        return settings.max_num_seqs
-
     def read_log(self, line: str, known: EngineMemory) -> EngineMemory:
         """From the lines of the loader, the memory pool and the scheduler."""
         changes: dict[str, Any] = {}
@@ -304,17 +255,37 @@ class SGLang(EngineAdapter):
             changes["max_model_len"] = int(match[2])
         return msgspec.structs.replace(known, **changes) if changes else known
 
-    def load_adapter(self, name: str, path: str) -> Call:
-        """400 when it can't be loaded, or is loaded already."""
-        return Call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": path})
+    def _command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
+        settings = args.engine
+        share = settings.gpu_memory_percent
+        typed: dict[str, Any] = {
+            "model-path": launch.model,
+            **shared_options(args, launch),
+            "device": launch.platform.value,
+            "enable-metrics": True,
+            "context-length": settings.max_model_len,
+            "mem-fraction-static": share / 100 if share is not None else None,
+            "disable-radix-cache": True if settings.prefix_caching is False else None,
+            **_batching(settings),
+            "tp-size": settings.tensor_parallel_size,
+            "pp-size": settings.pipeline_parallel_size,
+            "limit-mm-data-per-request": settings.multimodal_limits or None,
+            **_lora(args, launch),
+        }
+        # Sequence classifiers are recognised by their architecture; a causal model that embeds is not.
+        defaults: dict[str, Any] = {"enable-cache-report": True, "log-level-http": "warning"}
+        if args.task in _EMBEDDING:
+            defaults["is-embedding"] = True
+        free = merge(defaults, settings.args)
+        if free.get("is-embedding") is False:
+            del free["is-embedding"]
+        return [launch.python, "-m", "sglang.launch_server", *render(typed), *render(free)]
 
-    def unload_adapter(self, name: str) -> Call:
-        """400 means that it isn't loaded."""
-        return Call("POST", "/unload_lora_adapter", {"lora_name": name}, success=frozenset({200, 400}))
-
-    def _check(self, args: ApplicationArgs, launch: Launch) -> None:
-        if problems := self.problems(args, launch):
-            raise EngineSettingsError(self.name, problems)
+    def _environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:  # noqa: ARG002  not by args
+        env = shared_environment(launch) | {"SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS)}
+        if launch.platform is Platform.CPU:
+            env["SGLANG_USE_CPU_ENGINE"] = "1"
+        return env
 
 
 def _gaps(args: ApplicationArgs) -> Iterator[SettingsProblem]:
@@ -343,8 +314,8 @@ def _batching(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _lora_options(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
-    lora = args.engine.lora or (LoraSettings() if args.adapters or launch.adapters else None)
+def _lora(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
+    lora = lora_settings(args, launch)
     if lora is None:
         return {}
     return {

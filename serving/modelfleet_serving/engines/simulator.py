@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
-import msgspec.structs
-
-from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, Task
-from modelfleet_serving.engines.base import (
-    Call,
-    Drain,
-    EngineAdapter,
-    EngineSettingsError,
-    Launch,
-    Probe,
-    SettingsProblem,
-    Sleep,
-)
-from modelfleet_serving.engines.exposition import LoadMetrics
+from modelfleet_serving.contract import ApplicationArgs, Task
+from modelfleet_serving.engines.base import Drain, Launch, Probe, SettingsProblem, lora_settings
 from modelfleet_serving.engines.options import (
     args_problems,
     canonical,
@@ -28,6 +15,7 @@ from modelfleet_serving.engines.options import (
     settings_problems,
     whole_seconds,
 )
+from modelfleet_serving.engines.vllm_interface import VLLMInterface
 
 OPTIONS: Final = frozenset(
     {
@@ -67,21 +55,18 @@ RESERVED: Final = {
     "tensor-parallel-size": "engine.tensorParallelSize",
 }
 
+_TOKENIZE: Final = frozenset({"/tokenize", "/detokenize"})
 _SCORING: Final = frozenset({"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"})
-_ENDPOINTS: Final = {
-    Task.GENERATE: frozenset({"/v1/chat/completions", "/v1/completions"}),
-    Task.EMBED: frozenset({"/v1/embeddings"}) | _SCORING,
-    Task.RERANK: _SCORING,
-    Task.SCORE: _SCORING,
-    Task.CLASSIFY: frozenset({"/classify"}),
+_PATHS: Final = {
+    Task.GENERATE: frozenset({"/v1/chat/completions", "/v1/completions"}) | _TOKENIZE,
+    Task.EMBED: frozenset({"/v1/embeddings"}) | _SCORING | _TOKENIZE,
+    Task.RERANK: _SCORING | _TOKENIZE,
+    Task.SCORE: _SCORING | _TOKENIZE,
+    Task.CLASSIFY: frozenset({"/classify"}) | _TOKENIZE,
 }
 
-_WEIGHTS: Final = re.compile(r"Model loading took ([\d.]+) GiB")
-_KV_GIB: Final = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
-_KV_TOKENS: Final = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens")
 
-
-class Simulator(EngineAdapter):
+class Simulator(VLLMInterface):
     """An engine's timing, queueing and faults, for capacity planning and tests.
 
     Settings that say nothing about time (data types, quantization, parsers) are taken and have no effect,
@@ -89,15 +74,9 @@ class Simulator(EngineAdapter):
     """
 
     name: ClassVar[str] = "Simulator"
-    readiness: ClassVar[Probe] = Probe("/health")
     liveness: ClassVar[Probe] = Probe("/health")
-    load_metrics: ClassVar[LoadMetrics] = LoadMetrics(
-        running="vllm:num_requests_running",
-        waiting="vllm:num_requests_waiting",
-        kv_cache_usage="vllm:kv_cache_usage_perc",
-    )
     drain: ClassVar[Drain] = Drain(grace_seconds=5)
-    sleep: ClassVar[Sleep | None] = Sleep(sleep=Call("POST", "/sleep?level=1"), wake=Call("POST", "/wake_up"))
+    paths: ClassVar[Mapping[Task, frozenset[str]]] = _PATHS
 
     def problems(self, args: ApplicationArgs, launch: Launch) -> list[SettingsProblem]:
         """Everything that makes this start impossible."""
@@ -108,9 +87,7 @@ class Simulator(EngineAdapter):
             *_unknown(args),
         ]
 
-    def command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
-        """``python -m modelfleet_serving.simulator`` with every option."""
-        self._check(args, launch)
+    def _command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
         settings = args.engine
         modules = [{"name": name, "path": path} for name, path in launch.adapters.items()]
         typed: dict[str, Any] = {
@@ -127,7 +104,7 @@ class Simulator(EngineAdapter):
             "enable-chunked-prefill": settings.chunked_prefill,
             "enable-prefix-caching": settings.prefix_caching,
             "tensor-parallel-size": settings.tensor_parallel_size,
-            "enable-lora": bool(settings.lora or args.adapters or launch.adapters),
+            "enable-lora": lora_settings(args, launch) is not None,
             "max-loras": settings.lora.max_loras if settings.lora else None,
             "lora-modules": modules or None,
         }
@@ -136,43 +113,8 @@ class Simulator(EngineAdapter):
         orders = [f"--fault={order}" for order in ([faults] if isinstance(faults, str) else faults)]
         return [launch.python, "-m", "modelfleet_serving.simulator", *render(typed), *render(free), *orders]
 
-    def environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
-        """Nothing but what the user sets."""
-        self._check(args, launch)
-        return dict(args.engine.env)
-
-    def endpoints(self, task: Task) -> frozenset[str]:
-        """What the simulator answers; it transcribes nothing."""
-        paths = _ENDPOINTS.get(task)
-        return paths | {"/tokenize", "/detokenize"} if paths else frozenset()
-
-    def capacity(self, settings: EngineSettings) -> int | None:
-        """The profile's own limit isn't known here."""
-        return settings.max_num_seqs
-
-    def read_log(self, line: str, known: EngineMemory) -> EngineMemory:
-        """From what it prints at the start."""
-        changes: dict[str, Any] = {}
-        if match := _WEIGHTS.search(line):
-            changes["weights_gib"] = float(match[1])
-        if match := _KV_GIB.search(line):
-            changes["kv_cache_gib"] = float(match[1])
-        if match := _KV_TOKENS.search(line):
-            changes["kv_cache_tokens"] = int(match[1].replace(",", ""))
-            changes["max_model_len"] = int(match[2].replace(",", ""))
-        return msgspec.structs.replace(known, **changes) if changes else known
-
-    def load_adapter(self, name: str, path: str) -> Call:
-        """As vLLM's."""
-        return Call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-
-    def unload_adapter(self, name: str) -> Call:
-        """As vLLM's."""
-        return Call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, success=frozenset({200, 404}))
-
-    def _check(self, args: ApplicationArgs, launch: Launch) -> None:
-        if problems := self.problems(args, launch):
-            raise EngineSettingsError(self.name, problems)
+    def _environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:  # noqa: ARG002  it reads none
+        return {}
 
 
 def _unknown(args: ApplicationArgs) -> Iterator[SettingsProblem]:
@@ -182,5 +124,5 @@ def _unknown(args: ApplicationArgs) -> Iterator[SettingsProblem]:
             yield SettingsProblem(
                 f"engine.args.{name}", value, f"the simulator has no such option: {allowed}"
             )
-    if args.task not in _ENDPOINTS:
-        yield SettingsProblem("model.task", args.task.value, "one of " + ", ".join(_ENDPOINTS))
+    if args.task not in _PATHS:
+        yield SettingsProblem("model.task", args.task.value, "one of " + ", ".join(_PATHS))

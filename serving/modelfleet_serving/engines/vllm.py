@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-import msgspec.structs
-
-from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, LoraSettings, Task
+from modelfleet_serving.contract import ApplicationArgs, EngineSettings, Task
 from modelfleet_serving.engines.base import (
-    Call,
+    KEEP_ALIVE_SECONDS,
     Drain,
-    EngineAdapter,
-    EngineSettingsError,
     Launch,
     Platform,
     Probe,
     SettingsProblem,
-    Sleep,
+    lora_settings,
 )
-from modelfleet_serving.engines.exposition import LoadMetrics
 from modelfleet_serving.engines.options import (
     args_problems,
     env_problems,
@@ -28,8 +23,11 @@ from modelfleet_serving.engines.options import (
     option,
     render,
     settings_problems,
+    shared_environment,
+    shared_options,
     whole_seconds,
 )
+from modelfleet_serving.engines.vllm_interface import VLLMInterface
 
 DTYPES: Final = frozenset({"auto", "bfloat16", "float", "float16", "float32", "half"})
 KV_CACHE_DTYPES: Final = frozenset(
@@ -136,7 +134,7 @@ OWNED_ENV: Final = {
 _POOLING: Final = frozenset({Task.EMBED, Task.RERANK, Task.SCORE, Task.CLASSIFY})
 _TOKENIZE: Final = frozenset({"/tokenize", "/detokenize"})
 _SCORING: Final = frozenset({"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank", "/pooling"})
-_ENDPOINTS: Final = {
+_PATHS: Final = {
     Task.GENERATE: frozenset(
         {
             "/v1/chat/completions",
@@ -145,49 +143,34 @@ _ENDPOINTS: Final = {
             "/v1/messages",
             "/v1/messages/count_tokens",
         }
-    ),
-    Task.EMBED: frozenset({"/v1/embeddings", "/v2/embed", "/pooling"}),
-    Task.RERANK: _SCORING,
-    Task.SCORE: _SCORING,
-    Task.CLASSIFY: frozenset({"/classify", "/pooling"}),
+    )
+    | _TOKENIZE,
+    Task.EMBED: frozenset({"/v1/embeddings", "/v2/embed", "/pooling"}) | _TOKENIZE,
+    Task.RERANK: _SCORING | _TOKENIZE,
+    Task.SCORE: _SCORING | _TOKENIZE,
+    Task.CLASSIFY: frozenset({"/classify", "/pooling"}) | _TOKENIZE,
     Task.TRANSCRIBE: frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"}),
 }
+"""As vLLM registers them by the tasks that a model supports."""
 
 CPU_MEMORY_SHARE: Final = 0.3
 """Of a machine's memory, where nothing else says it: vLLM's default of 0.92 lets no second engine start."""
-KEEP_ALIVE_SECONDS: Final = 300
-"""vLLM closes an idle connection after 5 s by default, just when a router is about to use it again."""
-
-_WEIGHTS: Final = re.compile(r"Model loading took ([\d.]+) GiB")
-# On a CPU the loader says nothing; what lies on the disk is the same but for the alignment.
-_CHECKPOINT: Final = re.compile(r"Checkpoint size: ([\d.]+) GiB")
-_KV_GIB: Final = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
-_KV_GIB_CPU: Final = re.compile(r"(?:Explicitly|Auto) set \(([\d.]+)/[\d.]+\) GiB for KV cache")
-_KV_TOKENS: Final = re.compile(r"KV cache size: ([\d,]+) tokens")
-_MAX_LEN: Final = re.compile(r"Maximum concurrency for ([\d,]+) tokens per request")
 
 
-class VLLM(EngineAdapter):
+class VLLM(VLLMInterface):
     """vLLM's OpenAI server.
 
-    ``/health`` answers 200 while the engine sleeps (requests hang) and while it drains (requests get
-    500): it tells a broken engine from a working one and nothing else.
+    It sleeps only with args {enable-sleep-mode: true} and env VLLM_SERVER_DEV_MODE=1, which opens an RPC
+    endpoint as well: for engines that bind loopback. It takes adapters while it runs only with
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING, which is set where it has LoRA.
     """
 
     name: ClassVar[str] = "vLLM"
-    readiness: ClassVar[Probe] = Probe("/health")
     liveness: ClassVar[Probe] = Probe("/health", timeout_seconds=10)
-    load_metrics: ClassVar[LoadMetrics] = LoadMetrics(
-        running="vllm:num_requests_running",
-        waiting="vllm:num_requests_waiting",
-        kv_cache_usage="vllm:kv_cache_usage_perc",
-    )
     # It finishes what runs, at most --shutdown-timeout. Past that it kills its workers, and then waits for
     # the streams that they left open, for ever (0.32, measured).
     drain: ClassVar[Drain] = Drain(bounded=False)
-    # Only with args {enable-sleep-mode: true} and env VLLM_SERVER_DEV_MODE=1, which opens an RPC endpoint
-    # as well: for engines that bind loopback.
-    sleep: ClassVar[Sleep | None] = Sleep(sleep=Call("POST", "/sleep?level=1"), wake=Call("POST", "/wake_up"))
+    paths: ClassVar[Mapping[Task, frozenset[str]]] = _PATHS
 
     def problems(self, args: ApplicationArgs, launch: Launch) -> list[SettingsProblem]:
         """Everything that makes this start impossible."""
@@ -199,105 +182,51 @@ class VLLM(EngineAdapter):
             *one_of("engine.dtype", settings.dtype, DTYPES),
             *one_of("engine.kvCacheDtype", settings.kv_cache_dtype, KV_CACHE_DTYPES),
         ]
-        lora = _lora(args, launch)
+        lora = lora_settings(args, launch)
         if lora is not None and lora.max_rank not in LORA_RANKS:
             allowed = "one of " + ", ".join(map(str, LORA_RANKS)) + ": the next one above the adapters' rank"
             found.append(SettingsProblem("engine.lora.maxRank", lora.max_rank, allowed))
         return found
 
-    def command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
-        """``python -m`` of vLLM's server, with every option."""
-        self._check(args, launch)
+    def _command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
         settings = args.engine
         typed: dict[str, Any] = {
-            "served-model-name": args.model,
-            "host": launch.host,
-            "port": launch.port,
-            "revision": launch.model_revision,
+            **shared_options(args, launch),
             "runner": "pooling" if args.task in _POOLING else None,
             "shutdown-timeout": whole_seconds(args.drain_timeout_seconds),
             **_memory(settings, launch.platform),
             **_batching(settings),
-            "dtype": settings.dtype,
-            "quantization": settings.quantization,
-            "load-format": settings.load_format,
             "tensor-parallel-size": settings.tensor_parallel_size,
             "pipeline-parallel-size": settings.pipeline_parallel_size,
             "enable-auto-tool-choice": True if settings.tool_call_parser else None,
-            "tool-call-parser": settings.tool_call_parser,
-            "reasoning-parser": settings.reasoning_parser,
             "limit-mm-per-prompt": settings.multimodal_limits or None,
-            "trust-remote-code": True if settings.trust_remote_code else None,
-            **_lora_options(args, launch),
+            **_lora(args, launch),
         }
         defaults: dict[str, Any] = {"disable-uvicorn-access-log": True, "enable-prompt-tokens-details": True}
         if launch.platform is Platform.CPU:
             defaults["enforce-eager"] = True  # compiling takes minutes on a CPU and gains little
         return [*_entrypoint(launch), *render(typed), *render(merge(defaults, settings.args))]
 
-    def environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
-        """Variables that vLLM takes its further settings from."""
-        self._check(args, launch)
-        settings = args.engine
+    def _environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
         env = {
+            **shared_environment(launch),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
             # vLLM gives its own workers 600 s, whatever deadline the start has.
             "VLLM_ENGINE_READY_TIMEOUT_S": str(whole_seconds(args.start_timeout_seconds)),
         }
-        if launch.model_is_local:
-            env["HF_HUB_OFFLINE"] = "1"
         if launch.platform is Platform.CPU:
             # Binding threads to cores lets engines on one machine fight for the same cores.
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             # As many threads as cores were reserved: two engines with a thread per core each spin at their
             # barriers against one another.
             env["OMP_NUM_THREADS"] = str(max(1, int(args.resources.num_cpus)))
-        if launch.visible_devices:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.visible_devices)
-        if _lora(args, launch) is not None:
+        if lora_settings(args, launch) is not None:
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if launch.media_cache is not None:
             env["VLLM_MEDIA_CACHE"] = launch.media_cache
-        return {**env, **settings.env}
-
-    def endpoints(self, task: Task) -> frozenset[str]:
-        """As vLLM registers them by the tasks that a model supports."""
-        if task is Task.TRANSCRIBE:
-            return _ENDPOINTS[task]
-        return _ENDPOINTS[task] | _TOKENIZE
-
-    def capacity(self, settings: EngineSettings) -> int | None:
-        """The engine's own default depends on the GPU's memory."""
-        return settings.max_num_seqs
-
-    def read_log(self, line: str, known: EngineMemory) -> EngineMemory:
-        """From the lines of the loader, the worker and the KV cache planner."""
-        changes: dict[str, Any] = {}
-        if (match := _WEIGHTS.search(line)) or (
-            known.weights_gib is None and (match := _CHECKPOINT.search(line))
-        ):
-            changes["weights_gib"] = float(match[1])
-        if match := _KV_GIB.search(line) or _KV_GIB_CPU.search(line):
-            changes["kv_cache_gib"] = float(match[1])
-        if match := _KV_TOKENS.search(line):
-            changes["kv_cache_tokens"] = int(match[1].replace(",", ""))
-        if match := _MAX_LEN.search(line):
-            changes["max_model_len"] = int(match[1].replace(",", ""))
-        return msgspec.structs.replace(known, **changes) if changes else known
-
-    def load_adapter(self, name: str, path: str) -> Call:
-        """Needs VLLM_ALLOW_RUNTIME_LORA_UPDATING, which :meth:`environment` sets with LoRA."""
-        return Call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-
-    def unload_adapter(self, name: str) -> Call:
-        """404 means that it isn't loaded."""
-        return Call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, success=frozenset({200, 404}))
-
-    def _check(self, args: ApplicationArgs, launch: Launch) -> None:
-        if problems := self.problems(args, launch):
-            raise EngineSettingsError(self.name, problems)
+        return env
 
 
 def _entrypoint(launch: Launch) -> list[str]:
@@ -315,7 +244,6 @@ def _memory(settings: EngineSettings, platform: Platform) -> dict[str, Any]:
         "max-model-len": settings.max_model_len,
         "gpu-memory-utilization": share,
         "kv-cache-memory-bytes": settings.kv_cache_memory_bytes,
-        "kv-cache-dtype": settings.kv_cache_dtype,
         "enable-prefix-caching": settings.prefix_caching,
     }
 
@@ -328,13 +256,8 @@ def _batching(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _lora(args: ApplicationArgs, launch: Launch) -> LoraSettings | None:
-    """Adapters without LoRA settings mean LoRA with the engine's defaults."""
-    return args.engine.lora or (LoraSettings() if args.adapters or launch.adapters else None)
-
-
-def _lora_options(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
-    lora = _lora(args, launch)
+def _lora(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
+    lora = lora_settings(args, launch)
     if lora is None:
         return {}
     # JSON, because a name may hold the "=" of the short form.

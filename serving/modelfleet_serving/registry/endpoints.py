@@ -13,9 +13,8 @@ from modelfleet_serving.contract import (
     Heartbeat,
     parse_application_name,
 )
-
-DeploymentKey = tuple[str, str]
-"""Namespace and name of a ModelDeployment."""
+from modelfleet_serving.registry.incidents import Incidents
+from modelfleet_serving.registry.keys import DeploymentKey
 
 REMEMBER_GONE_SECONDS: Final = 60.0
 """A heartbeat may be under way for as long as its sender's time-outs allow, which is less."""
@@ -56,6 +55,7 @@ class Endpoints:
     """
 
     def __init__(self, limit: int) -> None:
+        self.incidents = Incidents()
         self._limit = limit
         self._entries: dict[str, _Entry] = {}
         self._by_deployment: dict[DeploymentKey, set[str]] = {}
@@ -98,6 +98,7 @@ class Endpoints:
         self._by_deployment.setdefault(key, set()).add(heartbeat.id)
         if heartbeat.url:
             self._by_url[heartbeat.url] = heartbeat.id
+        self.incidents.heard(application, before, heartbeat)
         routed = before is None or _routing(before) != _routing(heartbeat)
         return Change(
             deployments=ousted.deployments | ({key} if routed else frozenset()),
@@ -109,7 +110,12 @@ class Endpoints:
         """Drop replicas whose lease is over."""
         self._gone = {key: value for key, value in self._gone.items() if value[1] > now}
         late = [key for key, entry in self._entries.items() if entry.expires <= now]
-        return self._drop(late) if late else Change()
+        return self._lose(late) if late else Change()
+
+    def shorten(self, name: str, expires: float) -> None:
+        """A replica has to be heard of earlier than its lease says."""
+        if (entry := self._entries.get(name)) is not None:
+            entry.expires = min(entry.expires, expires)
 
     def extend(self, seconds: float) -> None:
         """Prolong all leases: for so long nobody could have been heard."""
@@ -135,6 +141,10 @@ class Endpoints:
             found.setdefault((entry.application.variant, entry.application.revision), []).append(endpoint)
         return found
 
+    def variants(self, key: DeploymentKey) -> set[str]:
+        """A deployment's variants that have replicas."""
+        return {self._entries[name].application.variant for name in self._by_deployment.get(key, ())}
+
     def count(self) -> dict[EndpointState, int]:
         """Replicas by state."""
         counts = dict.fromkeys(EndpointState, 0)
@@ -149,7 +159,14 @@ class Endpoints:
             return Change()
         if self._entries[previous].heartbeat.url != heartbeat.url:
             return Change()
-        return self._drop([previous])
+        return self._lose([previous])
+
+    def _lose(self, names: list[str]) -> Change:
+        """Drop replicas that didn't say goodbye."""
+        for name in names:
+            entry = self._entries[name]
+            self.incidents.lost(entry.application, entry.heartbeat)
+        return self._drop(names)
 
     def _drop(self, names: list[str]) -> Change:
         keys: set[DeploymentKey] = set()

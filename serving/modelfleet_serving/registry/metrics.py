@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -40,6 +40,21 @@ class RegistryMetrics(Collector):
         for state, count in registry.endpoint_counts().items():
             replicas.add_metric([state.value], count)
         yield replicas
+        restarts = CounterMetricFamily(
+            "modelfleet_registry_engine_restarts",
+            "Engines that ended or hung and were started again",
+            labels=["model", "variant"],
+        )
+        lost = CounterMetricFamily(
+            "modelfleet_registry_replicas_lost",
+            "Replicas that ended without a goodbye",
+            labels=["model", "variant"],
+        )
+        for variant, incidents in registry.endpoints.incidents:
+            restarts.add_metric([incidents.model, variant], incidents.restarts)
+            lost.add_metric([incidents.model, variant], incidents.lost)
+        yield restarts
+        yield lost
         gauges = {
             "models": ("Models in the route table", len(registry.table)),
             "routes": ("Routes that the operator set", len(registry.routes)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelfleet_serving.contract import Endpoint, ModelRoute, RouteSpec, VariantRoute
-from modelfleet_serving.registry.endpoints import DeploymentKey
+from modelfleet_serving.registry.keys import DeploymentKey
 
 
 class RouteConflictError(Exception):

@@ -16,11 +16,11 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from modelfleet_serving.contract import DemandReport, Heartbeat, RouteSpec
+from modelfleet_serving.contract import HEADER_TERM, DemandReport, Heartbeat, RouteSpec
 from modelfleet_serving.registry.endpoints import TooManyError, UnknownApplicationError
 from modelfleet_serving.registry.metrics import RegistryMetrics
 from modelfleet_serving.registry.routes import InvalidRouteError, RouteConflictError
-from modelfleet_serving.registry.state import Registry, Settings
+from modelfleet_serving.registry.state import Registry, Settings, SupersededError
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class RegistryServer:
         self._state_bell = _Bell()
         self._told = (self.registry.table.version, self.registry.state_version, True)
         self._polls = 0
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._metrics = RegistryMetrics(self.registry, clock, lambda: self._polls)
 
     @contextlib.asynccontextmanager
@@ -127,7 +127,7 @@ class RegistryServer:
         try:
             yield
         finally:
-            self._stopping = True
+            self._stopping.set()
             self._table_bell.ring()
             self._state_bell.ring()
             ticking.cancel()
@@ -144,8 +144,10 @@ class RegistryServer:
                 web.get("/healthz", self._healthz),
                 web.get("/metrics", self._show_metrics),
                 web.post("/v1/heartbeat", self._heartbeat),
+                web.get("/v1/presence/{replica}", self._presence),
                 web.put("/v1/routes/{namespace}/{name}", self._put_route),
                 web.delete("/v1/routes/{namespace}/{name}", self._delete_route),
+                web.post("/v1/routes/complete", self._complete_routes),
                 web.get("/v1/table", self._table),
                 web.get("/v1/state", self._state),
                 web.post("/v1/demand", self._demand),
@@ -163,8 +165,22 @@ class RegistryServer:
         self._tell()
         return web.Response(body=msgspec.json.encode(reply), content_type=_JSON)
 
+    async def _presence(self, request: web.Request) -> web.StreamResponse:
+        """Held open by a replica: a process that is killed can't say goodbye, but its connections end."""
+        replica = request.match_info["replica"]
+        _check_id(replica)
+        self.registry.connected(replica)
+        try:
+            answer = web.StreamResponse()
+            await answer.prepare(request)
+            await self._stopping.wait()
+        finally:
+            self.registry.disconnected(replica, self._clock())
+        return answer
+
     async def _put_route(self, request: web.Request) -> web.StreamResponse:
         spec = msgspec.json.decode(await request.read(), type=RouteSpec)
+        self._heed(request)
         where = (request.match_info["namespace"], request.match_info["name"])
         if (spec.namespace, spec.deployment) != where:
             raise InvalidRouteError(
@@ -175,8 +191,14 @@ class RegistryServer:
         return web.Response(status=204)
 
     async def _delete_route(self, request: web.Request) -> web.StreamResponse:
+        self._heed(request)
         self.registry.delete_route(request.match_info["namespace"], request.match_info["name"])
         self._tell()
+        return web.Response(status=204)
+
+    async def _complete_routes(self, request: web.Request) -> web.StreamResponse:
+        self._heed(request)
+        self.registry.complete_routes()
         return web.Response(status=204)
 
     async def _demand(self, request: web.Request) -> web.StreamResponse:
@@ -191,16 +213,18 @@ class RegistryServer:
         router = request.query.get("router", "")
         with self._poll(router, epoch, version):
             while self.registry.warming or self.registry.table.is_current(epoch, version):
-                if self._stopping or not await self._table_bell.wait(until):
+                if self._stopping.is_set() or not await self._table_bell.wait(until):
                     return web.Response(status=304)
             body = self.registry.table.encoded_since(epoch, version)
             return web.Response(body=body, content_type=_JSON)
 
     async def _state(self, request: web.Request) -> web.StreamResponse:
         epoch, version, until = _poll_query(request)
+        with contextlib.suppress(SupersededError):  # it may look, and learns so that it is replaced
+            self._heed(request)
         with self._poll("", epoch, version):
             while epoch == self.registry.epoch and version == self.registry.state_version:
-                if self._stopping or not await self._state_bell.wait(until):
+                if self._stopping.is_set() or not await self._state_bell.wait(until):
                     return web.Response(status=304)
             body = msgspec.json.encode(self.registry.state(self._clock()))
             return web.Response(body=body, content_type=_JSON)
@@ -211,6 +235,15 @@ class RegistryServer:
     async def _show_metrics(self, _request: web.Request) -> web.StreamResponse:
         body, content_type = self._metrics.exposition()
         return web.Response(body=body, headers={"content-type": content_type})
+
+    def _heed(self, request: web.Request) -> None:
+        """Take in whose leadership an operator speaks for, where it says so."""
+        term = request.headers.get(HEADER_TERM)
+        if term is None:
+            return
+        if not term.isdecimal():
+            raise _BadRequestError(f"{HEADER_TERM}: {term!r} is no number")
+        self.registry.heed(int(term))
 
     # --- inner parts ---------------------------------------------------------------------------
 
@@ -270,6 +303,8 @@ async def _explain(request: web.Request, handler: Handler) -> web.StreamResponse
         return await handler(request)
     except RouteConflictError as error:
         return _error(409, str(error))
+    except SupersededError as error:
+        return _error(412, str(error))
     except TooManyError as error:
         return _error(429, str(error), {"retry-after": "5"})
     except (msgspec.DecodeError, InvalidRouteError, UnknownApplicationError, _BadRequestError) as error:

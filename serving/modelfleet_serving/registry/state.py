@@ -7,6 +7,7 @@ operator's, who also looks at what no router sees.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from modelfleet_serving.contract import (
     RouteSpec,
 )
 from modelfleet_serving.registry.demand import Demand
-from modelfleet_serving.registry.endpoints import Change, DeploymentKey, Endpoints, TooManyError
+from modelfleet_serving.registry.endpoints import Change, Endpoints, TooManyError
+from modelfleet_serving.registry.keys import DeploymentKey
 from modelfleet_serving.registry.routes import Routes, model_route
 from modelfleet_serving.registry.table import VersionedTable
 
@@ -41,6 +43,9 @@ class Settings:
     it try again after at most 2 s."""
     settle_limit: float = 60.0
     """And at the latest after so long, if it has routes."""
+    reconnect: float = 2.0
+    """A replica whose connection has ended and that isn't heard of for so long was killed: one that lives
+    reports at once."""
     router_lease: float = 5.0
     """A router that neither polls nor reports for so long has ended."""
     stall: float = 2.0
@@ -61,6 +66,10 @@ class _Router:
     """Open long polls: it is alive as long as it holds one."""
 
 
+class SupersededError(Exception):
+    """A later leader has spoken: this one was cut off, and does not know that it was replaced."""
+
+
 class Registry:
     """The registry without its server.
 
@@ -73,15 +82,19 @@ class Registry:
         self.settings = settings or Settings()
         self.table = VersionedTable(epoch)
         self.state_version = 1
+        self.term: int | None = None
+        """The highest term of leadership that an operator has spoken for."""
         self.warming = True
         self.endpoints = Endpoints(self.settings.max_replicas)
         self.routes = Routes()
         self._demand = Demand()
         self._routers: dict[str, _Router] = {}
+        self._connections: Counter[str] = Counter()
         self._model_names: dict[DeploymentKey, str] = {}
         self._started = now
         self._news = now
         """When we last heard of something that had been there before us."""
+        self._complete = False
         self._ticked = now
         self._demand_told = now
         self._demand_dirty = False
@@ -120,6 +133,35 @@ class Registry:
             epoch=self.epoch,
         )
 
+    def connected(self, replica: str) -> None:
+        """A replica holds a connection open.
+
+        Raises:
+            TooManyError: as many are as may be.
+        """
+        if len(self._connections) >= self.settings.max_replicas:
+            raise TooManyError(f"{self.settings.max_replicas} replicas are connected")
+        self._connections[replica] += 1
+
+    def disconnected(self, replica: str, now: float) -> None:
+        """Such a connection has ended; with its last one, the replica may have."""
+        self._connections[replica] -= 1
+        if not self._connections[replica]:
+            del self._connections[replica]
+            self.endpoints.shorten(replica, now + self.settings.reconnect)
+
+    def heed(self, term: int) -> None:
+        """An operator speaks that leads in this term.
+
+        Raises:
+            SupersededError: another has spoken for a later one.
+        """
+        if self.term is not None and term < self.term:
+            raise SupersededError(f"the leader of term {self.term} has taken over from that of term {term}")
+        if term != self.term:
+            self.term = term
+            self.state_version += 1
+
     def put_route(self, spec: RouteSpec, now: float) -> None:
         """Set the route of a ModelDeployment.
 
@@ -140,6 +182,10 @@ class Registry:
         key = (namespace, deployment)
         if self.routes.delete(key):
             self._apply(Change(deployments=frozenset({key}), visible=True))
+
+    def complete_routes(self) -> None:
+        """There are no further routes, and it may be none: a young registry need not wait for the first."""
+        self._complete = True
 
     def demand(self, report: DemandReport, now: float) -> None:
         """Take in a router's report.
@@ -214,6 +260,7 @@ class Registry:
             routes=self.routes.digests(),
             demand=self._demand.total(now),
             routers=routers,
+            term=self.term,
         )
 
     def routers(self) -> int:
@@ -225,7 +272,7 @@ class Registry:
         return self.endpoints.count()
 
     def _settled(self, now: float) -> bool:
-        if not len(self.routes):
+        if not len(self.routes) and not self._complete:
             return False  # an operator that is away, too, is no reason to empty the routers' tables
         quiet = now - self._news >= self.settings.settle and now - self._started >= self.settings.settle
         return quiet or now - self._started >= self.settings.settle_limit
@@ -243,6 +290,8 @@ class Registry:
             if name is not None and (spec is None or spec.name != name):
                 self.table.remove(name)
                 del self._model_names[key]
+            variants = {v.name for v in spec.variants} if spec is not None else set()
+            self.endpoints.incidents.keep(key, variants | self.endpoints.variants(key))
             if spec is not None:
                 self._model_names[key] = spec.name
                 self.table.set(model_route(spec, self.endpoints.of(key)))

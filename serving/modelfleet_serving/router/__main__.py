@@ -18,6 +18,8 @@ from modelfleet_serving.router.settings import Settings, SettingsError, parse_se
 from modelfleet_serving.router.sources import FileSource, RegistrySource
 from modelfleet_serving.router.supervisor import process_id, reserve_port, running
 from modelfleet_serving.router.table import TableError
+from modelfleet_serving.router.tls import check_files
+from modelfleet_serving.router.tracing import check_installed
 from modelfleet_serving.router_native import available
 
 _log = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ _SWITCH_SECONDS: Final = 0.0005
 
 async def serve(settings: Settings) -> None:
     """Runs until it is told to stop, then drains."""
+    check_files(settings)
+    if settings.otlp_endpoint:
+        check_installed()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -47,7 +52,12 @@ async def serve(settings: Settings) -> None:
         try:
             async with running(settings, hub, host, port):
                 _announce(settings, host, port)
-                await stop.wait()
+                stopping = loop.create_task(stop.wait())
+                await asyncio.wait((stopping, following), return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                if following.done():
+                    # Without its table's source a router would serve old routes for ever: drain, and fail.
+                    following.result()
         finally:
             following.cancel()
             counters.close()

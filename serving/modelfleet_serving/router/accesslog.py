@@ -46,6 +46,7 @@ class AccessLog:
         endpoint = exchange.endpoint
         reply = exchange.reply
         usage = reply.usage if reply is not None else None
+        waited = reply.first_byte if reply is not None else None
         self._waiting.append(
             LogEntry(
                 int(time.time() * 1e3) / 1e3,
@@ -60,9 +61,7 @@ class AccessLog:
                 endpoint.id if endpoint is not None else "",
                 exchange.fallback_from or "",
                 exchange.salt,
-                int(reply.first_byte * 1e4) / 1e4
-                if reply is not None and reply.first_byte is not None
-                else None,
+                int(waited * 1e4) / 1e4 if waited is not None else None,
                 exchange.attempts,
                 usage[0] if usage is not None else 0,
                 usage[1] if usage is not None else 0,

@@ -147,6 +147,8 @@ def continue_stream(
     if delivered.empty:
         return Continuation(body, b"", Splice(delivered, comment, resumed=False))
     if delivered.finish_reason is not None:
+        if len(delivered.finished) < _choices(body):
+            raise NotContinuableError("choices")
         return Continuation(None, b"data: [DONE]\n\n", Splice(delivered, comment, resumed=True))
     if delivered.opaque is not None:
         raise NotContinuableError(delivered.opaque)
@@ -162,6 +164,22 @@ def continue_stream(
     except msgspec.DecodeError as error:
         raise NotContinuableError("request") from error
     return Continuation(_encode(members), b"", splice)
+
+
+class _Asked(msgspec.Struct):
+    n: int | None = None
+    prompt: Any = None
+
+
+def _choices(body: bytes) -> int:
+    """How many answers a request asks for: ``n`` for each of its prompts."""
+    try:
+        asked = _decode(body, type=_Asked)
+    except msgspec.DecodeError as error:
+        raise NotContinuableError("request") from error
+    prompts = asked.prompt
+    several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
+    return (asked.n or 1) * (len(prompts) if several else 1)
 
 
 def _check(members: dict[str, msgspec.Raw]) -> None:
@@ -223,11 +241,13 @@ class Splice:
     """Turns the stream of the replica that goes on into the rest of the client's stream.
 
     Attributes:
+        begun_at: characters that the client had when it began.
         diverged: why the stream can't be passed on after all, or ``None``: the client's stream must be cut.
     """
 
     def __init__(self, delivered: Delivered, comment: bytes, *, resumed: bool) -> None:
         self.diverged: str | None = None
+        self.begun_at = delivered.size
         self._splitter = EventSplitter()
         self._comment = comment
         self._identity = dict(delivered.identity)

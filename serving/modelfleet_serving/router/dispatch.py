@@ -173,7 +173,7 @@ class Dispatcher:
                 self._on_probation(variant, changed)
             if not variant.health.out:
                 self._sick.discard(variant)
-        if self.waiting.number:
+        if self.waiting.number or self.waiting.kept_alive:
             self.waiting.sweep(now)
 
     def _on_probation(self, variant: VariantRef, circuits: list[Circuit]) -> None:

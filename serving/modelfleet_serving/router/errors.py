@@ -56,7 +56,7 @@ class RequestError(Exception):
 
     def body(self, *, anthropic: bool = False) -> bytes:
         """JSON body: OpenAI's error object, or Anthropic's for its messages endpoint."""
-        kind = _TYPES.get(self.status, "api_error")
+        kind = _TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "api_error")
         if anthropic:
             return _encode(
                 {
@@ -73,6 +73,19 @@ class RequestError(Exception):
         if self.retry_after is None:
             return self.headers
         return self.headers + b"retry-after: %d\r\n" % max(1, -int(-self.retry_after // 1))
+
+
+def error_object(status: int, body: bytes, *, anthropic: bool = False) -> bytes:
+    """The JSON of an engine's error answer on one line, in the caller's form where it isn't already."""
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("error"), dict):
+        return _encode(found)
+    text = body[:1000].decode("utf-8", "replace").strip()
+    message = f"the engine answered {status}" + (f": {text}" if text else "")
+    return RequestError(status, message, code="engine_failed").body(anthropic=anthropic)
 
 
 STATUS_LINES: Final[dict[int, bytes]] = {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_TIMEOUT
 from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
 from modelfleet_serving.router.api import OPERATIONS, Operation
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
 from modelfleet_serving.router.reply import Reply
+from modelfleet_serving.router.request import MAX_REQUEST_ID
 from modelfleet_serving.router.routing import find_target, prepare_usage
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
 
 _NEVER: Final = math.inf
+_TIMEOUT: Final = HEADER_TIMEOUT.encode()
+_KEEP_ALIVE: Final = HEADER_KEEP_ALIVE.encode()
 _JOIN_LIMIT: Final = 64 * 1024
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503, 504})
 
@@ -90,8 +94,8 @@ class Exchange:
         self.client = client
         self.worker = client.worker
         self.request = request
-        given = request.special.get(b"x-request-id") if request.steered else None
-        self.request_id = given or self.worker.next_request_id()
+        given = request.special.get(b"x-request-id", b"") if request.steered else b""
+        self.request_id = given if 0 < len(given) <= MAX_REQUEST_ID else self.worker.next_request_id()
         self.started = request.received_at
         self.routed = self.finished = self.tunnel = self.prompt_read = self.strip_usage = False
         self.fresh_retry = False
@@ -121,9 +125,11 @@ class Exchange:
         request = self.request
         worker = self.worker
         try:
+            operation = OPERATIONS.get(request.path)
+            if worker.tracing is not None and operation is not None:
+                self.span = worker.tracing.begin(self)
             if request.refusal is not None:
                 raise request.refusal
-            operation = OPERATIONS.get(request.path)
             if operation is None or request.method == b"OPTIONS":
                 builtin.answer(self)
                 return
@@ -137,8 +143,6 @@ class Exchange:
             if self.tenant is not None:
                 self._admit(self.tenant)
             self.body = request.body
-            if worker.tracing is not None:
-                self.span = worker.tracing.begin(self)
             worker.active.add(self)
             worker.dispatcher.dispatch(self)
         except RequestError as error:
@@ -146,11 +150,13 @@ class Exchange:
 
     def _read_options(self) -> None:
         special = self.request.special
-        if b"x-modelfleet-timeout" in special:
-            self.expires = self.started + _seconds(self.request, "x-modelfleet-timeout")
-        if b"x-modelfleet-keepalive" in special and self.peek is not None and self.peek.streams:
-            self.keep_alive_seconds = _seconds(self.request, "x-modelfleet-keepalive")
+        if _TIMEOUT in special:
+            self.expires = self.started + _seconds(self.request, HEADER_TIMEOUT)
+        if _KEEP_ALIVE in special and self.peek is not None and self.peek.streams:
+            self.keep_alive_seconds = _seconds(self.request, HEADER_KEEP_ALIVE)
             self._next_comment = self.started + self.keep_alive_seconds
+            if not self.request.http10:
+                self.worker.dispatcher.waiting.kept_alive.add(self)
 
     def _admit(self, tenant: Tenant) -> None:
         self.salt = tenant.name
@@ -230,9 +236,7 @@ class Exchange:
         worker = self.worker
         endpoint = connection.endpoint
         if self.began and (head.status != 200 or not head.events):
-            worker.dispatcher.failed(endpoint, Failure.STATUS)
-            self.detach(connection)
-            failover.go_on(self, f"answered {head.status}")
+            failover.did_not_go_on(self, connection, head.status)
             return
         if head.status in _RETRIED_STATUSES:
             worker.dispatcher.failed(endpoint, Failure.STATUS)
@@ -335,12 +339,17 @@ class Exchange:
         return reply.chunk_time
 
     def comfort(self, now: float) -> bool:
-        """Sends a comment to a client that asked for signs of life; False once its stream has begun."""
-        if self.began or self.request.http10:
+        """Sends a comment to a client that asked for signs of life; False when it can't get any more.
+
+        While it waits for an engine, while that reads the prompt, and in any longer silence of a stream.
+        """
+        reply = self.reply
+        if self.finished or (reply is not None and not reply.takes_comments):
             return False
-        if now >= self._next_comment:
+        if reply is not None:
+            self._next_comment = max(self._next_comment, reply.chunk_time + self.keep_alive_seconds)
+        if now >= self._next_comment and not self.client.full:
             self._next_comment = now + self.keep_alive_seconds
-            reply = self.reply
             if reply is None:
                 reply = self.reply = Reply(self)
                 reply.open()
@@ -377,6 +386,9 @@ class Exchange:
         self.request.keep_alive = False
         self.client.transport.write(start)
         connection.body = self.client.transport.write
+        early = self.client.take_early()
+        if early:
+            connection.transport.write(early)
 
     def on_client_data(self, data: bytes) -> None:
         """Bytes for the engine, in a tunnel."""

@@ -7,7 +7,7 @@ engines that fail too often. Nothing here runs for a request that goes well.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.api import Kind
 from modelfleet_serving.router.continuation import NotContinuableError, continue_stream
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.table import EndpointRef
     from modelfleet_serving.router.upstream import UpstreamConnection
+
+_MAY_PASS: Final = frozenset({408, 425, 429})
+"""Refusals that another engine, or the same one later, may not repeat."""
 
 
 def try_elsewhere(exchange: Exchange, connection: UpstreamConnection, status: int) -> bool:
@@ -71,6 +74,17 @@ def attempt_failed(exchange: Exchange, reason: str, failure: Failure, status: in
         exchange.fail(_engine_error(exchange, status, reason))
 
 
+def did_not_go_on(exchange: Exchange, connection: UpstreamConnection, status: int) -> None:
+    """The engine that was to go on with a stream answers something else."""
+    exchange.detach(connection)
+    if 400 <= status < 500 and status not in _MAY_PASS:
+        # It understands the request and won't have it: no engine would, and it is not sick for that.
+        cut_off(exchange, None, _engine_error(exchange, 502, f"answered {status}"))
+        return
+    exchange.worker.dispatcher.failed(connection.endpoint, Failure.STATUS)
+    go_on(exchange, f"answered {status}")
+
+
 def go_on(exchange: Exchange, reason: str) -> None:
     """Lets another engine of the variant go on with a stream, or ends it with an error."""
     endpoint, reply = exchange.endpoint, exchange.reply
@@ -81,13 +95,18 @@ def go_on(exchange: Exchange, reason: str) -> None:
     if recorder is None:
         cut_off(exchange, None, failed)
         return
+    delivered = recorder.read()
+    if delivered is not None and delivered.size > (reply.splice.begun_at if reply.splice else 0):
+        # Text has come since the last engine died: those that died before may be back.
+        exchange.attempts = 1
+        exchange.tried.clear()
     exchange.order = (endpoint.variant,)
     other = exchange.worker.dispatcher.alternative(exchange)
     try:
         going_on = continue_stream(
             exchange.operation.kind is Kind.CHAT,
             exchange.request.body,
-            recorder.read(),
+            delivered,
             source=endpoint.id,
             target=other.id if other is not None else "",
         )

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from itertools import count
 from typing import Final, Generic, TypeVar
 
@@ -247,7 +247,7 @@ class HoldingQueue(Generic[T]):
         members = self._classes.get(priority)
         if members is None:
             members = self._classes[priority] = _Class()
-        self._order.add(priority)
+        self._order.add(priority, rank=-priority)
         flow = members.flows.get(tenant)
         if flow is None:
             flow = members.flows[tenant] = _Flow()
@@ -298,10 +298,15 @@ class HoldingQueue(Generic[T]):
                 expired.append(ticket.item)
         return expired
 
-    def clear(self) -> list[T]:
-        """Takes out everything, in order of arrival: the model is gone."""
+    def clear(self, lanes: Collection[Hashable] | None = None) -> list[T]:
+        """Takes out everything, or some lanes, in order of arrival: what they wait for is gone."""
         tickets = sorted(
-            (entry[2] for entry in self._deadlines if entry[2].waiting), key=lambda one: one.serial
+            (
+                ticket
+                for _, _, ticket in self._deadlines
+                if ticket.waiting and (lanes is None or ticket.lane in lanes)
+            ),
+            key=lambda one: one.serial,
         )
         for ticket in tickets:
             self._discard(ticket)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import httptools
 
+from modelfleet_serving.router.api import OPERATIONS, Kind
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.known_heads import Curiosity, KnownRequest, pattern_of, worth_knowing
 from modelfleet_serving.router.request import HEADER_CODES, Request
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 _SMALL_BODY: Final = 64 * 1024
 """A refused request up to this size is read first: its connection stays usable."""
 _MAX_TRAILERS: Final = 64
+_MAX_FRAMING: Final = 1024 * 1024
+_FRAMING_RATIO: Final = 16
+"""Bytes on the wire for one of a body that may come in chunks of one byte, beyond the first MiB."""
 NEVER: Final = float("inf")
 
 
@@ -30,11 +34,14 @@ class RequestReader:
         request: the request that is being read.
         pending: requests that are complete, or why one is refused, in the order in which they came.
         closing: nothing more is read.
+        upgrading: a WebSocket is being asked for; what comes now is for the engine that agrees.
+        reading_paused: the socket is not read for now.
         deadline: when what is awaited from the client must have come, in loop time.
     """
 
     __slots__ = (
         "_curiosity",
+        "_early",
         "_held",
         "_known",
         "_left",
@@ -44,8 +51,10 @@ class RequestReader:
         "deadline",
         "exchange",
         "pending",
+        "reading_paused",
         "request",
         "transport",
+        "upgrading",
         "worker",
     )
 
@@ -60,7 +69,9 @@ class RequestReader:
         self.deadline = NEVER
         self._parser = httptools.HttpRequestParser(self)
         self._held = 0
-        self._synthetic = False
+        self._synthetic = self.upgrading = False
+        self._early = b""
+        self.reading_paused = False
         self._left = 0  # bytes of the body of a request whose head was known
         self._known: KnownRequest | None = None
         self._curiosity = Curiosity()
@@ -185,11 +196,11 @@ class RequestReader:
             parser.get_method().decode(), parser.get_http_version(), upgrades=parser.should_upgrade()
         )
         request.complete = True
+        if request.upgrade == b"websocket":
+            self._check_upgrade(request)
         settings = self.worker.settings
         if sum(map(len, request.lines)) > settings.max_header_bytes:
-            raise RequestError(
-                431, f"headers exceed {settings.max_header_bytes} bytes", code="headers_too_large"
-            )
+            raise _headers_too_large(settings.max_header_bytes)
         if request.length > settings.max_body_bytes:
             raise self._too_large()
         self.worker.tenancy.identify(request)
@@ -197,9 +208,9 @@ class RequestReader:
             raise request.refusal
         if self.worker.buffered + request.length > settings.max_buffered_bytes:
             raise _overloaded()
-        if request.expects_continue and not request.http10 and self.exchange is None:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.deadline = request.received_at + settings.body_timeout
+        request.size = 0
+        if self.exchange is None and not self.pending:
+            self.ask_for_body(request)
 
     def on_body(self, data: bytes) -> None:
         """A piece of its body."""
@@ -246,9 +257,9 @@ class RequestReader:
         declined by answering in HTTP/1.1, so its body has to be read: a new parser gets the framing alone.
         """
         request = self.request
-        if request is None or request.upgrade == b"websocket":
-            if self.pending and isinstance(self.pending[-1], Request):
-                self.pending[-1].body = rest
+        if request is None:
+            self.upgrading = True
+            self.keep_early(rest)
             return
         request.upgrades = False
         self._parser = httptools.HttpRequestParser(self)
@@ -260,6 +271,30 @@ class RequestReader:
                 self._parser.feed_data(rest)
         except httptools.HttpParserError as error:
             self._on_parser_error(error)
+
+    @staticmethod
+    def _check_upgrade(request: Request) -> None:
+        """Only a realtime path is upgraded; to others the offer means nothing, and a body is a body."""
+        operation = OPERATIONS.get(request.path)
+        if operation is None or operation.kind is not Kind.WEBSOCKET or request.method != b"GET":
+            request.upgrade = b""
+        elif request.length:
+            raise RequestError(400, "a request to upgrade has no body", code="invalid_header")
+
+    def keep_early(self, data: bytes) -> None:
+        """Keeps what a client sends ahead of the engine's 101: one that declines must never get it."""
+        self._early += data
+        if len(self._early) > _SMALL_BODY and not self.reading_paused:
+            self.reading_paused = True
+            self.transport.pause_reading()
+
+    def take_early(self) -> bytes:
+        """What came before the tunnel was open."""
+        early, self._early = self._early, b""
+        if self.reading_paused:
+            self.reading_paused = False
+            self.transport.resume_reading()
+        return early
 
     def _on_parser_error(self, error: Exception) -> None:
         cause = error.__context__
@@ -288,6 +323,35 @@ class RequestReader:
         if self.request is not None:
             self._let_go(self.request.held)
         self.request = None
+
+    def ask_for_body(self, request: Request) -> None:
+        """It is a request's turn, and its body may still have to come."""
+        self.deadline = request.received_at + self.worker.settings.body_timeout
+        if request.expects_continue and not request.http10 and not request.size:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def watch_progress(self, size: int) -> None:
+        """Bounds a request that isn't whole yet, also while an earlier one is still being answered."""
+        request = self.request
+        assert request is not None  # noqa: S101 - checked by the caller
+        settings = self.worker.settings
+        request.wire += size
+        error = None
+        if not request.complete:
+            if self.exchange is None:
+                self.deadline = request.received_at + settings.header_timeout
+            if request.wire > settings.max_header_bytes:
+                error = _headers_too_large(settings.max_header_bytes)
+        elif request.wire > _MAX_FRAMING + _FRAMING_RATIO * request.size:
+            # Trailers and extensions are gathered or skipped by the parser, and belong to no body.
+            error = RequestError(400, "too much framing for so little body", code="malformed_http")
+        if error is not None:
+            self.closing = True
+            self._refuse(error)
+
+
+def _headers_too_large(limit: int) -> RequestError:
+    return RequestError(431, f"headers exceed {limit} bytes", code="headers_too_large")
 
 
 def _overloaded() -> RequestError:

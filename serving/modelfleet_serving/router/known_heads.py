@@ -97,7 +97,7 @@ class KnownRequest:
         request.joined = self._joined
         request.tenant = self._tenant
         request.keep_alive = True
-        request.size = 0
+        request.size = request.wire = 0
         request.held = 0
         return request
 

@@ -1,4 +1,4 @@
-"""What a worker counts while requests pass: plain numbers, turned into :mod:`observe`'s records when asked."""
+"""What a worker counts while requests pass: plain numbers, made into :mod:`observe`'s records when asked."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ _log = logging.getLogger(__name__)
 
 MAX_CONCURRENT: Final = 16
 TIMEOUT: Final = 2.0
+_STATUS_BYTES: Final = 12
+"""Of an answer's beginning, up to its status; nothing else of it is read."""
 
 
 class Prober:
@@ -50,7 +52,7 @@ class Prober:
             for model in self._worker.table.models.values()
             for variant in model.variants.values()
             for endpoint in variant.endpoints
-            if endpoint.ready and endpoint.limit and not endpoint.tls and not total(endpoint.row)
+            if endpoint.ready and endpoint.limit and not total(endpoint.row)
         ]
 
     async def _check(self, endpoint: EndpointRef) -> None:
@@ -63,17 +65,20 @@ class Prober:
         writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(TIMEOUT):
-                reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+                tls = self._worker.connector.tls() if endpoint.tls else None
+                reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=tls)
                 path = endpoint.path + self._path.encode("ascii")
                 head = b"GET " + path + b" HTTP/1.1\r\nhost: " + endpoint.authority
                 writer.write(head + b"\r\nconnection: close\r\n\r\n")
-                line = await reader.readline()
+                line = await reader.readexactly(_STATUS_BYTES)
         except TimeoutError:
             return Failure.TIMEOUT
         except OSError:
             return Failure.CONNECT
+        except asyncio.IncompleteReadError:
+            return Failure.BROKEN
         finally:
             if writer is not None:
                 with contextlib.suppress(OSError):
-                    writer.close()
+                    writer.transport.abort()
         return Failure.STATUS if line[9:10] == b"5" or not line.startswith(b"HTTP/1.") else None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.reply import Reply
 
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
+_MAX_ERROR_BYTES: Final = 64 * 1024
 _EVENT_ENDS: Final = (b"\n\n\r\n", b"\r\n\r\n\r\n")
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
@@ -204,6 +205,42 @@ class SpliceRelay:
         if self._scanner is not None:
             return False
         self._reply.write_last(LAST_CHUNK if self._chunked_out else b"", reusable=False)
+        return True
+
+
+class ErrorRelay:
+    """An answer that is no stream, for a client whose stream was opened before: it becomes an event."""
+
+    __slots__ = ("_left", "_parts", "_reply", "_room", "_scanner")
+
+    def __init__(self, reply: Reply, *, length: int, chunked_in: bool) -> None:
+        self._reply = reply
+        self._left = length
+        self._scanner = ChunkScanner() if chunked_in else None
+        self._parts: list[bytes] = []
+        self._room = _MAX_ERROR_BYTES
+
+    def feed(self, data: bytes) -> None:
+        """Gathers the body up to its end, or as much as anybody wants to read of an error."""
+        whole = exact = False
+        out = [data]
+        if self._scanner is not None:
+            out = []
+            end = self._scanner.feed(data, out)
+            whole, exact = end >= 0, end == len(data)
+        elif self._left >= 0:
+            self._left -= len(data)
+            whole, exact = self._left <= 0, self._left == 0
+        self._parts += out
+        self._room -= len(data)
+        if whole or self._room < 0:
+            self._reply.end_opened(b"".join(self._parts), reusable=exact)
+
+    def eof(self) -> bool:
+        """Whether the end of the connection is the end of the body."""
+        if self._scanner is not None or self._left >= 0:
+            return False
+        self._reply.end_opened(b"".join(self._parts), reusable=False)
         return True
 
 

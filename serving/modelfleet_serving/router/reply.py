@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from modelfleet_serving.contract import HEADER_FALLBACK
-from modelfleet_serving.router import failover
 from modelfleet_serving.router.api import Kind
 from modelfleet_serving.router.continuation import Recorder, Splice, strip_usage
-from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.errors import RequestError, error_object
 from modelfleet_serving.router.relay import (
     LAST_CHUNK,
     ChunkedRelay,
+    ErrorRelay,
     EventRelay,
     PlainRelay,
     SizedRelay,
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
 
 _CONTINUABLE = (Kind.CHAT, Kind.COMPLETION)
+_USAGE_BYTES = 1024
+"""A usage object with all its details is smaller."""
 _TUNNEL = b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
@@ -41,6 +43,7 @@ class Reply:
         status: 0 before there is one.
         opened: a stream's head was sent before any engine answered, to keep the client's connection alive.
         events: the body is a stream of events.
+        pieces: of a stream of events that went out, about a token each.
         first_byte: seconds from the request to the engine's first byte.
         usage: input and output tokens by the engine's word.
         strip_usage: the client did not ask for the stream's usage event.
@@ -49,12 +52,15 @@ class Reply:
     """
 
     __slots__ = (
+        "_first_usage",
         "_last_usage",
+        "_tail",
         "chunk_time",
         "events",
         "exchange",
         "first_byte",
         "opened",
+        "pieces",
         "recorder",
         "relay",
         "splice",
@@ -74,10 +80,13 @@ class Reply:
         self.first_byte: float | None = None
         self.chunk_time = 0.0
         self.usage: tuple[int, int] | None = None
-        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | SpliceRelay | None = None
+        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | SpliceRelay | ErrorRelay | None = (
+            None
+        )
         self.recorder: Recorder | None = None
         self.splice: Splice | None = None
-        self._last_usage = b""
+        self._first_usage = self._last_usage = self._tail = b""
+        self.pieces = 0
 
     # --- The beginning ---
 
@@ -93,6 +102,14 @@ class Reply:
             b"".join((_STREAM_HEAD, extra, b"x-request-id: ", exchange.request_id, b"\r\n\r\n"))
         )
 
+    @property
+    def takes_comments(self) -> bool:
+        """The client's stream stands between two events, and further ones may come."""
+        relay = self.relay
+        if relay is None:
+            return self.opened
+        return isinstance(relay, EventRelay | SpliceRelay) and not self.exchange.request.http10
+
     def comment(self, text: bytes) -> None:
         """A line that clients of event streams ignore."""
         self.transport.write(frame(b": " + text + b"\n\n"))
@@ -104,7 +121,7 @@ class Reply:
         now = worker.loop.time()
         endpoint = connection.endpoint
         self.stats = endpoint.variant.stats
-        connection.stays = head.keep_alive
+        connection.stays = head.keep_alive and not exchange.request.upgrades
         if self.splice is not None:
             self._go_on(connection, head, rest, self.splice)
             return
@@ -146,14 +163,13 @@ class Reply:
 
     def _begin_opened(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         if head.status != 200 or not head.events:
-            message = f"the engine answered {head.status} after the stream was opened"
-            error = RequestError(502, message, code="engine_failed")
-            failover.cut_off(self.exchange, connection, error)
-            return
-        self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
-        self._record(chunked=True)
+            self.status = head.status if head.status >= 400 else 502
+            self.relay = ErrorRelay(self, length=head.length, chunked_in=head.chunked)
+        else:
+            self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
+            self._record(chunked=True)
         connection.body = self.relay.feed
-        if rest:
+        if rest or not head.length:
             self.relay.feed(rest)
 
     def _record(self, *, chunked: bool) -> None:
@@ -202,7 +218,11 @@ class Reply:
     # --- The body: called by the relays ---
 
     def write(self, data: bytes) -> None:
-        """Passes a piece of the body on."""
+        """Passes a piece of the body on. Its usage may stand anywhere in it, also across two pieces."""
+        read = self._tail + data
+        if USAGE_KEY in read:
+            self._last_usage = read[read.rfind(USAGE_KEY) :][:_USAGE_BYTES]
+        self._tail = read[-_USAGE_BYTES:]
         self.chunk_time = self.exchange.worker.loop.time()
         self.transport.write(data)
 
@@ -211,7 +231,10 @@ class Reply:
         now = self.exchange.worker.loop.time()
         self.stats.gap.observe(now - self.chunk_time)
         self.chunk_time = now
+        self.pieces += 1
         if USAGE_KEY in data:
+            if not self._last_usage:
+                self._first_usage = data
             self._last_usage = data
         if self.recorder is not None:
             self.recorder.add(data)
@@ -222,7 +245,7 @@ class Reply:
         if data:
             self.transport.write(data)
             if self.status == 200:
-                self._read_usage(data)
+                self._read_usage(self._tail + data if self._tail else data)
         self.exchange.answered(reusable=reusable)
 
     def without_usage(self, events: bytes) -> bytes:
@@ -233,6 +256,10 @@ class Reply:
     def _read_usage(self, last: bytes) -> None:
         usage = read_usage(last) or (read_usage(self._last_usage) if self._last_usage else None)
         if usage is not None:
+            if not usage[0] and self._first_usage:
+                # Anthropic's streams tell the input at the beginning and the output at the end.
+                first = read_usage(self._first_usage)
+                usage = (first[0] if first is not None else 0, usage[1])
             self.usage = usage
             self.stats.input_tokens += usage[0]
             self.stats.output_tokens += usage[1]
@@ -261,6 +288,14 @@ class Reply:
             return True
         self.transport.write(frame(event))
         return False
+
+    def end_opened(self, body: bytes, *, reusable: bool) -> None:
+        """Ends a stream, opened before the engine's answer, with the error that this was."""
+        anthropic = self.exchange.operation.anthropic
+        event = b"data: " + error_object(self.status, body, anthropic=anthropic) + b"\n\n"
+        if anthropic:
+            event = b"event: error\n" + event
+        self.write_last(frame(event) + LAST_CHUNK, reusable=reusable)
 
     def close_stream(self, events: bytes) -> None:
         """Ends a stream whose engine died after the last of its text."""

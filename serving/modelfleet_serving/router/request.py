@@ -6,21 +6,17 @@ from typing import Final
 
 from modelfleet_serving.contract import (
     HEADER_FALLBACK,
+    HEADER_KEEP_ALIVE,
     HEADER_MODEL,
     HEADER_PRIORITY,
     HEADER_REPLICA,
     HEADER_REQUEST_ID,
     HEADER_SESSION,
+    HEADER_TIMEOUT,
     HEADER_VARIANT,
 )
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.tenants import Tenant
-
-HEADER_TIMEOUT: Final = "x-modelfleet-timeout"
-"""Seconds that a client gives its request, as a decimal number."""
-
-HEADER_KEEP_ALIVE: Final = "x-modelfleet-keepalive"
-"""Seconds between comments that a streaming client wants while its request waits for an engine."""
 
 _DROP: Final = 1
 _LENGTH: Final = 3
@@ -49,6 +45,7 @@ HEADER_CODES: Final[dict[bytes, int]] = {
     b"trailer": _DROP,
     b"http2-settings": _DROP,
     b"content-type": _KEEP,
+    b"content-encoding": _KEEP,
     b"origin": _KEEP,
     b"authorization": _TAKE,
     b"x-api-key": _TAKE,
@@ -78,6 +75,8 @@ class Request:
         special: values of the headers the router knows, by lower-case name.
         length: of the body as announced, -1 when it comes in chunks.
         body: the whole body, once it is complete.
+        size: of the body that has come so far.
+        wire: bytes that have come of it all, framing included.
         held: bytes of it that count against the worker's limit.
     """
 
@@ -94,6 +93,7 @@ class Request:
     upgrades = False
     complete = False
     size = 0
+    wire = 0
     held = 0
     body = b""
     joined = b""

@@ -10,7 +10,7 @@ _TRANSFER: Final = 3
 _CONNECTION: Final = 4
 _TYPE: Final = 5
 
-# Hop-by-hop headers end here; the router speaks for itself with x-request-id and x-modelfleet-*.
+# Hop-by-hop headers end here; the router speaks for itself with x-request-id, x-modelfleet-* and CORS.
 _CODES: Final[dict[bytes, int]] = {
     b"content-length": _LENGTH,
     b"transfer-encoding": _TRANSFER,
@@ -27,7 +27,14 @@ _CODES: Final[dict[bytes, int]] = {
     b"x-modelfleet-variant": _DROP,
     b"x-modelfleet-replica": _DROP,
     b"x-modelfleet-fallback": _DROP,
+    b"access-control-allow-origin": _DROP,
+    b"access-control-allow-credentials": _DROP,
+    b"access-control-expose-headers": _DROP,
 }
+_TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_HEX: Final = b"0123456789abcdefABCDEF"
+_MAX_DIGITS: Final = 15
+"""Of a length or a chunk's size: what is larger doesn't fit every reader's integers."""
 _MAX_SIZE_LINE: Final = 4096
 
 
@@ -52,9 +59,20 @@ class ResponseHead:
         """Parses ``head``, which ends before its empty line."""
         lines = head.split(b"\r\n")
         first = lines[0]
-        if first[:7] != b"HTTP/1." or not first[9:12].isdigit() or first[8:9] != b" ":
+        digits = first[9:12]
+        if (
+            first[:7] != b"HTTP/1."
+            or first[8:9] != b" "
+            or not digits.isdigit()
+            or digits < b"100"
+            or first[12:13] not in b" "
+        ):
             raise FramingError(f"not an HTTP/1.1 status line: {first[:80]!r}")
-        self.status = int(first[9:12])
+        # A client may take a bare line end for one, and what is behind it for a header of ours.
+        ends = len(lines) - 1
+        if head.count(b"\n") != ends or head.count(b"\r") != ends or b"\0" in head:
+            raise FramingError("a bare line end or NUL in the head")
+        self.status = int(digits)
         self.length = -1
         self.chunked = self.events = False
         self.keep_alive = first[7:8] == b"1"
@@ -66,7 +84,7 @@ class ResponseHead:
             name, colon, value = line.partition(b":")
             code = _CODES.get(name.lower())
             if code is None:
-                if not colon or line[0] in b" \t":
+                if not colon or not name or name.translate(None, _TOKEN):
                     raise FramingError(f"malformed header line: {line[:80]!r}")
                 kept.append(line)
             elif code == _TYPE:
@@ -82,10 +100,14 @@ class ResponseHead:
 
     def _take_framing(self, code: int, value: bytes) -> None:
         if code == _TRANSFER:
-            if value.lower() != b"chunked":
+            if value.lower() != b"chunked" or self.chunked:
                 raise FramingError(f"unsupported transfer coding {value[:80]!r}")
             self.chunked = True
-        elif not value.isdigit() or (self.length >= 0 and self.length != int(value)):
+        elif (
+            not value.isdigit()
+            or len(value) > _MAX_DIGITS
+            or (self.length >= 0 and self.length != int(value))
+        ):
             raise FramingError(f"content-length {value[:80]!r}")
         else:
             self.length = int(value)
@@ -134,6 +156,8 @@ class ChunkScanner:
         while not self._trailers:
             if left:
                 take = position + left
+                if left < 2 or data[take - 2 : take] != b"\r\n":
+                    _check_chunk_end(data, position, take)
                 if out is not None:
                     stop = min(take - 2, size)
                     if stop > position:
@@ -141,8 +165,6 @@ class ChunkScanner:
                 if take > size:
                     self._left = take - size
                     return -1
-                if left >= 2 and data[take - 2 : take] != b"\r\n":
-                    raise FramingError("a chunk doesn't end with CRLF")
                 position = take
                 self._left = 0
             if position == size:
@@ -174,11 +196,17 @@ class ChunkScanner:
         return -1
 
 
+def _check_chunk_end(data: bytes, position: int, take: int) -> None:
+    """Checks as much of a chunk's line end, the two bytes before ``take``, as has come."""
+    start = max(position, take - 2)
+    if not b"\r\n"[2 - (take - start) :].startswith(data[start:take]):
+        raise FramingError("a chunk doesn't end with CRLF")
+
+
 def _chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].rstrip()
-    if not digits.isalnum() or len(digits) > 16:
+    digits = line.partition(b";")[0].rstrip(b" \t")
+    if not digits or len(digits) > _MAX_DIGITS or digits.translate(None, _HEX):
         raise FramingError(f"chunk size {digits[:40]!r}")
-    try:
-        return int(digits, 16)
-    except ValueError:
-        raise FramingError(f"chunk size {digits[:40]!r}") from None
+    if b"\n" in line or b"\r" in line:
+        raise FramingError("a bare line end in a chunk's size line")
+    return int(digits, 16)

@@ -14,6 +14,7 @@ from modelfleet_serving.router.table import Target
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
 
+_IDENTITY: Final = b"identity"
 _STREAMED: Final = (Kind.CHAT, Kind.COMPLETION)
 
 
@@ -24,6 +25,10 @@ def find_target(exchange: Exchange) -> Target:
         RequestError: 400 or 404.
     """
     request = exchange.request
+    coding = request.special.get(b"content-encoding", _IDENTITY).strip().lower()
+    if coding != _IDENTITY:
+        message = f"content-encoding {coding[:40].decode('latin-1')!r}: send the body uncompressed"
+        raise RequestError(415, message, code="unsupported_content_encoding")
     kind = exchange.operation.kind
     span: tuple[int, int] | None = None
     if kind is Kind.MULTIPART:

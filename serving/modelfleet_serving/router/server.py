@@ -28,7 +28,7 @@ class ClientConnection(RequestReader):
     the socket is still read, since only so a client that leaves is noticed at once.
     """
 
-    __slots__ = ("_discarded", "_reading_paused", "full", "full_since", "peer")
+    __slots__ = ("_discarded", "full", "full_since", "peer")
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
@@ -36,7 +36,6 @@ class ClientConnection(RequestReader):
         self.full_since = 0.0
         self.peer = ""
         self._discarded = 0
-        self._reading_paused = False
 
     # --- Transport callbacks ---
 
@@ -47,10 +46,13 @@ class ClientConnection(RequestReader):
         worker = self.worker
         if worker.access_log is not None:
             self.peer = format_peer(transport.get_extra_info("peername"))
-        worker.clients.add(self)
-        if len(worker.clients) > worker.settings.max_connections:
+        if len(worker.clients) >= worker.settings.max_connections:
             error = RequestError(503, "too many connections", code="too_many_connections", retry_after=1.0)
             self.respond_error(error, keep_alive=False)
+            # It is no client: while it lingers it must not keep others out.
+            worker.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+            return
+        worker.clients.add(self)
         self.deadline = self.worker.loop.time() + self.worker.settings.header_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason makes no difference
@@ -78,15 +80,18 @@ class ClientConnection(RequestReader):
         if self.closing:
             self._discard(len(data))
             return
+        if self.upgrading:
+            self.keep_early(data)
+            return
         self.feed(data)
+        if self.request is not None:
+            self.watch_progress(len(data))
         if self.exchange is None:
             if self.pending:
                 self._next()
-            elif self.request is not None:
-                self._watch_progress(len(data))
-        elif self.pending and not self._reading_paused:
+        elif self.pending and not self.reading_paused:
             # Pipelined requests wait in memory: the client has to wait as well.
-            self._reading_paused = True
+            self.reading_paused = True
             self.transport.pause_reading()
 
     def pause_writing(self) -> None:
@@ -101,23 +106,6 @@ class ClientConnection(RequestReader):
         self.full = False
         if self.exchange is not None:
             self.exchange.on_client_drained()
-
-    # --- Inside ---
-
-    def _watch_progress(self, size: int) -> None:
-        request = self.request
-        assert request is not None  # noqa: S101 - checked by the caller
-        settings = self.worker.settings
-        if not request.complete:
-            self.deadline = request.received_at + settings.header_timeout
-            request.size += size
-            if request.size > settings.max_header_bytes:
-                error = RequestError(
-                    431, f"headers exceed {settings.max_header_bytes} bytes", code="headers_too_large"
-                )
-                self.forget_body()
-                self.pending.append(error)
-                self._next()
 
     def _next(self) -> None:
         """Starts the next request that waits parsed."""
@@ -141,15 +129,24 @@ class ClientConnection(RequestReader):
         if self.pending:
             self.worker.loop.call_soon(self._resume_pipeline)
             return
-        self.deadline = self.worker.loop.time() + self.worker.settings.keepalive_timeout
+        now = self.worker.loop.time()
+        self.deadline = now + self.worker.settings.keepalive_timeout
+        request = self.request
+        if request is not None:
+            # Its time begins only now: nobody read on while the answer before it was in the way.
+            request.received_at = now
+            if request.complete:
+                self.ask_for_body(request)
+            else:
+                self.deadline = now + self.worker.settings.header_timeout
 
     def _resume_pipeline(self) -> None:
         if self.exchange is not None or self.transport.is_closing():
             return
         if self.pending:
             self._next()
-        if self._reading_paused and not self.pending:
-            self._reading_paused = False
+        if self.reading_paused and not self.pending:
+            self.reading_paused = False
             self.transport.resume_reading()
 
     def respond(
@@ -207,7 +204,7 @@ class ClientConnection(RequestReader):
         if self.full and now - self.full_since > self.worker.settings.write_timeout:
             self.transport.abort()
             return
-        if self.deadline > now:
+        if self.deadline > now or self.exchange is not None:
             return
         request = self.request
         if self.closing:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -35,6 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the bound ``HOST:PORT`` is written once the router accepts connections."""
     tls_certificate: str = ""
     tls_key: str = ""
+    engine_ca: str = ""
+    """File with the CA certificates of ``https`` engines; empty for the system's."""
     backlog: int = 4096
     max_connections: int = 20_000
     """Client connections of one worker; further ones wait in the kernel's backlog."""
@@ -81,6 +85,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
 
 
+# What would make every request fail, or the router busy with nothing. Others may be 0: off, or at once.
+_LEAST: Final[Mapping[str, float]] = {
+    "backlog": 1,
+    "max_connections": 1,
+    "max_header_bytes": 256,
+    "header_timeout": 0.001,
+    "body_timeout": 0.001,
+    "connect_timeout": 0.001,
+    "first_byte_timeout": 0.001,
+    "idle_timeout": 0.001,
+    "write_timeout": 0.001,
+    "max_attempts": 1,
+}
+
+
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -95,6 +114,9 @@ HELP: Final[Mapping[str, str]] = {
     "registry": "base URL of the registry, instead of --routes",
     "token_file": "file with the registry's bearer token",
     "workers": "worker processes on the same port",
+    "tls_certificate": "certificate chain (PEM) of the listener, reread when it changes; with --tls-key",
+    "tls_key": "private key (PEM) of --tls-certificate",
+    "engine_ca": "CA certificates (PEM) that https engines are verified with (default: the system's)",
     "tenants": "API keys and limits: a YAML file or a directory of them",
     "port_file": "file that gets the bound HOST:PORT once connections are accepted",
     "access_log": "file of the JSON access log, - for standard output",
@@ -149,6 +171,12 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
         raise SettingsError("--tls-certificate and --tls-key belong together")
     if not 1 <= settings.workers <= 256:
         raise SettingsError(f"--workers: {settings.workers} is not within 1..256")
+    if not re.fullmatch(r"/[!-~]*", settings.health_path):
+        raise SettingsError(f"--health-path: {settings.health_path!r} is no path of printable ASCII")
+    for name in Settings.__struct_fields__:
+        value = getattr(settings, name)
+        if isinstance(value, int | float) and not _LEAST.get(name, 0) <= value < math.inf:
+            raise SettingsError(f"{_option(name)}: {value} is not at least {_LEAST.get(name, 0)} and finite")
     split_address(settings.listen)
     return settings
 

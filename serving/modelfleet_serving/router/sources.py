@@ -40,12 +40,11 @@ def load_table(path: Path) -> RouteTable:
         raise TableError(f"{path}: {error.strerror}") from error
     try:
         if path.suffix in (".yaml", ".yml"):
-            table = msgspec.convert(yaml.load(text, Loader=_LOADER) or {}, RouteTable)  # noqa: S506 - a safe loader
+            table = msgspec.convert(yaml.load(text, Loader=_LOADER), RouteTable)  # noqa: S506 - a safe loader
         else:
             table = msgspec.json.decode(text, type=RouteTable)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise TableError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (msgspec.MsgspecError, yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date that is none, bytes that are no text.
         raise TableError(f"{path}: {error}") from error
     faults = check_models(table.models)
     if faults:
@@ -72,13 +71,15 @@ class FileSource:
         await self._load()
 
     async def run(self) -> None:
-        """Rereads the file whenever it changes."""
+        """Rereads the file whenever it has changed and is not just being written."""
+        last = self._seen
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            stamp = self._stamp()
-            if stamp == self._seen:
+            before, last = last, self._stamp()
+            # The half of a YAML file that is written already is often valid, and half of the models.
+            if last == self._seen or last != before:
                 continue
-            self._seen = stamp
+            self._seen = last
             try:
                 await self._load()
             except TableError as error:
@@ -132,7 +133,7 @@ class RegistrySource:
                 if backoff > 0.1:
                     _log.info("the registry answers again")
                 backoff = 0.1
-            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError, ValueError) as error:
                 reason = str(error) or type(error).__name__
                 _log.warning("registry %s: %s; the last table stays", self._url, reason)
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spread, no secret
@@ -167,7 +168,7 @@ class RegistrySource:
             try:
                 await self._send(session, report)
                 failing = False
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 if not failing:
                     _log.warning("demand is not reported: %s", str(error) or type(error).__name__)
                 failing = True

@@ -272,7 +272,9 @@ class Table:
         model = self.models.pop(name, None)
         if model is None:
             return []
-        return [ref for variant in model.variants.values() for ref in _empty(variant)]
+        gone = [ref for variant in model.variants.values() for ref in _empty(variant)]
+        model.variants = {}  # what waits for it sees that it is gone
+        return gone
 
     def publish(self) -> None:
         """Makes the names of added and removed models and adapters known, in one step."""

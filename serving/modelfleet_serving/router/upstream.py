@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from modelfleet_serving.router.response import FramingError, ResponseHead
+from modelfleet_serving.router.tls import engine_context
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
@@ -95,6 +96,8 @@ class UpstreamConnection:
             answers.learn(data[: end + 4], head)
             data = data[end + 4 :]
             if head.status >= 200 or head.status == 101:
+                if head.status == 101 and not exchange.request.upgrades:
+                    raise FramingError("it switches protocols unasked")
                 exchange.on_response(self, head, data)
                 return
 
@@ -137,12 +140,20 @@ class Connector:
     """Opens connections and bounds the idle ones."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, *, connect_timeout: float, idle_limit: int, idle_timeout: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        connect_timeout: float,
+        idle_limit: int,
+        idle_timeout: float,
+        authority: str = "",
     ) -> None:
+        """``authority``: file of the certificates that engines' must be signed by; empty for the system's."""
         self._loop = loop
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
         self._idle_timeout = idle_timeout
+        self._authority = authority
         self._tls: ssl.SSLContext | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._pools: set[EndpointRef] = set()
@@ -157,7 +168,7 @@ class Connector:
     async def _open(self, endpoint: EndpointRef, exchange: Exchange) -> None:
         options: dict[str, Any] = {}
         if endpoint.tls:
-            options = {"ssl": self._context(), "server_hostname": endpoint.host}
+            options = {"ssl": self.tls(), "server_hostname": endpoint.host}
         try:
             async with asyncio.timeout(self._connect_timeout):
                 connection = UpstreamConnection(endpoint)
@@ -172,9 +183,10 @@ class Connector:
             if not exchange.on_connected(endpoint, connection):
                 self.keep(connection)
 
-    def _context(self) -> ssl.SSLContext:
+    def tls(self) -> ssl.SSLContext:
+        """The context of connections to engines behind https."""
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            self._tls = engine_context(self._authority)
         return self._tls
 
     def keep(self, connection: UpstreamConnection) -> None:
@@ -183,7 +195,9 @@ class Connector:
         connection.exchange = None
         connection.body = None
         idle = endpoint.idle
-        if len(idle) >= self._idle_limit or connection.transport.is_closing():
+        transport = connection.transport
+        # An engine may answer before it has read the request: the rest of that is still on its way.
+        if len(idle) >= self._idle_limit or transport.is_closing() or transport.get_write_buffer_size():
             connection.transport.abort()
             return
         connection.resume()

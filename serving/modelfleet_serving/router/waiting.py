@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.contract import EndpointState
@@ -25,6 +26,7 @@ class WaitingRoom:
 
     Attributes:
         number: requests that wait.
+        kept_alive: requests whose clients asked for signs of life, waiting or not.
     """
 
     def __init__(self, worker: Worker, dispatcher: Dispatcher) -> None:
@@ -33,7 +35,7 @@ class WaitingRoom:
         self._dispatcher = dispatcher
         self._queues: dict[str, HoldingQueue[Exchange]] = {}
         self._models: dict[str, ModelRef] = {}
-        self._kept_alive: set[Exchange] = set()
+        self.kept_alive: set[Exchange] = set()
         self.number = 0
 
     def enter(self, exchange: Exchange) -> None:
@@ -79,8 +81,6 @@ class WaitingRoom:
         model.stats.requests += 1
         cells[cell] += 1
         self.number += 1
-        if exchange.keep_alive_seconds:
-            self._kept_alive.add(exchange)
         for other in pushed_out:
             self._leave(other, model)
             other.fail(_full(model, queue.retry_after(now)))
@@ -116,23 +116,33 @@ class WaitingRoom:
 
     def sweep(self, now: float) -> None:
         """Serves what became possible, comforts who asked for it, and answers those whose time is over."""
-        for exchange in tuple(self._kept_alive):
-            if exchange.finished or not exchange.comfort(now):
-                self._kept_alive.discard(exchange)
+        for exchange in tuple(self.kept_alive):
+            if not exchange.comfort(now):
+                self.kept_alive.discard(exchange)
         for name, model in tuple(self._models.items()):
             self.serve(model)
             queue = self._queues.get(name)
             if queue is None:
                 continue
-            if not model.variants:
-                for exchange in queue.clear():
-                    self._leave(exchange, model)
-                    message = f"the model {model.name!r} is served no more"
-                    exchange.fail(RequestError(404, message, code="model_not_found", param="model"))
+            self._dismiss(queue, model)
             for exchange in queue.expire(now):
                 self._leave(exchange, model)
                 exchange.fail(_too_late(exchange, now))
             self._tidy(name)
+
+    def _dismiss(self, queue: HoldingQueue[Exchange], model: ModelRef) -> None:
+        """Answers those whose model, variant or adapter is no longer in the table."""
+        gone = [lane for lane in queue.lanes() if _missing(lane, model)]
+        if not gone:
+            return
+        for exchange in queue.clear(gone):
+            self._leave(exchange, model)
+            target = exchange.target
+            if model.variants and target.pin is not None and target.pin not in model.variants:
+                code, name = "variant_not_found", f"the variant {target.pin!r} of {target.name!r}"
+            else:
+                code, name = "model_not_found", f"the model {target.name!r}"
+            exchange.fail(RequestError(404, f"{name} is served no more", code=code, param="model"))
 
     def queued(self) -> dict[tuple[str, str], int]:
         """How many wait, by model and pinned variant (empty for none)."""
@@ -173,6 +183,14 @@ def _lane(exchange: Exchange) -> tuple[str, ...] | None:
     if target.pin is None and target.adapter is None and allowed is None:
         return None
     return (target.pin or "", target.adapter or "", *sorted(allowed or ()))
+
+
+def _missing(lane: Hashable, model: ModelRef) -> bool:
+    """Whether a lane waits for what its model doesn't have any more."""
+    if not model.variants or not isinstance(lane, tuple):
+        return not model.variants
+    pin, adapter = lane[0], lane[1]
+    return bool((pin and pin not in model.variants) or (adapter and adapter not in model.adapters))
 
 
 def _full(model: ModelRef, retry_after: float) -> RequestError:

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import logging
 import secrets
-import ssl
 import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final, cast
@@ -23,6 +22,7 @@ from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.slices import Slices
 from modelfleet_serving.router.table import EndpointRef, Table
 from modelfleet_serving.router.tenancy import Tenancy
+from modelfleet_serving.router.tls import ListenerTls
 from modelfleet_serving.router.tracing import Tracing
 from modelfleet_serving.router.upstream import Connector
 
@@ -61,6 +61,10 @@ class Worker:
             connect_timeout=settings.connect_timeout,
             idle_limit=settings.pool_idle,
             idle_timeout=settings.pool_idle_timeout,
+            authority=settings.engine_ca,
+        )
+        self.tls = (
+            ListenerTls(settings.tls_certificate, settings.tls_key) if settings.tls_certificate else None
         )
         self.tenancy = Tenancy(settings.tenants, counters, loop)
         self.buffered = 0  # bytes of request bodies in memory
@@ -75,6 +79,8 @@ class Worker:
         self.date_line = b""
         self.refused: dict[int, int] = {}
         self._spawn(self.tenancy.follow())
+        if self.tls is not None:
+            self._spawn(self.tls.follow())
         self._spawn(Prober(self).run())
         self._request_ids = itertools.count()
         self._request_prefix = secrets.token_hex(12).encode()
@@ -90,7 +96,8 @@ class Worker:
             port,
             backlog=self.settings.backlog,
             reuse_port=True,
-            ssl=_tls_context(self.settings),
+            ssl=self.tls.context if self.tls is not None else None,
+            ssl_handshake_timeout=self.settings.header_timeout if self.tls is not None else None,
         )
 
     def next_request_id(self) -> bytes:
@@ -190,7 +197,9 @@ class Worker:
         return (
             b"access-control-allow-origin: " + value + b"\r\nvary: origin\r\n"
             b"access-control-expose-headers: x-request-id, x-modelfleet-model, x-modelfleet-variant, "
-            b"x-modelfleet-replica, x-modelfleet-fallback, retry-after\r\n"
+            b"x-modelfleet-replica, x-modelfleet-fallback, retry-after, "
+            b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+            b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens\r\n"
         )
 
     def not_ready(self) -> str | None:
@@ -238,7 +247,8 @@ class Worker:
             elif reply is None or reply.first_byte is None:
                 lease.settle(now, 0, 0)
             else:
-                lease.settle(now)
+                # Cut off before its usage: what was delivered counts, or leaving early would be free.
+                lease.settle(now, None, reply.pieces if reply.events else None)
         if self.access_log is not None:
             self.access_log.record(exchange, status, seconds)
         if exchange.span is not None and self.tracing is not None:
@@ -283,13 +293,3 @@ class Worker:
             await self.access_log.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
-
-
-def _tls_context(settings: Settings) -> ssl.SSLContext | None:
-    if not settings.tls_certificate:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(settings.tls_certificate, settings.tls_key)
-    return context

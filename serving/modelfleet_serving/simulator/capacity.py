@@ -76,55 +76,78 @@ class Outcome:
 
 def simulate(config: Config, load: Load, replicas: int) -> Outcome:
     """A load on a number of replicas."""
-    schedulers = [Scheduler(config.limits, config.speed, seed=config.seed + n) for n in range(replicas)]
-    arrivals = load.arrivals(config.max_model_len)
-    following = next(arrivals, None)
-    # Each replica is at the time when its running step ends; the earliest moves next.
-    clock = [(0.0, number) for number in range(replicas)]
-    first: dict[Request, float] = {}
-    last: dict[Request, float] = {}
-    requests: list[Request] = []
-    steps = decodes = 0
-    end = load.seconds + max(load.seconds, PATIENCE)
-    while clock[0][0] < end:
-        now, number = clock[0]
-        while following is not None and following[0] <= now:
-            arrival, prompt, output = following
+    return _Simulation(config, load, replicas).run()
+
+
+class _Simulation:
+    """Replicas that step side by side, each at the time when its running step ends."""
+
+    def __init__(self, config: Config, load: Load, replicas: int) -> None:
+        self._schedulers = [
+            Scheduler(config.limits, config.speed, seed=config.seed + n) for n in range(replicas)
+        ]
+        self._arrivals = load.arrivals(config.max_model_len)
+        self._following = next(self._arrivals, None)
+        self._end = load.seconds + max(load.seconds, PATIENCE)
+        self._requests: list[Request] = []
+        self._first: dict[Request, float] = {}
+        self._last: dict[Request, float] = {}
+        self._decoding_steps = 0
+        self._decodes = 0
+
+    def run(self) -> Outcome:
+        # The earliest replica moves next.
+        clock = [(0.0, number) for number in range(len(self._schedulers))]
+        while clock[0][0] < self._end:
+            now, number = clock[0]
+            self._admit(now)
+            heapq.heapreplace(clock, (self._step(number, now), number))
+        return self._outcome()
+
+    def _admit(self, now: float) -> None:
+        """What has arrived by now goes to the replica with the fewest requests."""
+        while self._following is not None and self._following[0] <= now:
+            arrival, prompt, output = self._following
             request = Request(prompt, output, arrival=arrival)
-            requests.append(request)
-            target = min(schedulers, key=lambda one: len(one.running) + len(one.waiting))
+            self._requests.append(request)
+            target = min(self._schedulers, key=lambda one: len(one.running) + len(one.waiting))
             target.add(request)
-            following = next(arrivals, None)
-        step = schedulers[number].step(now)
+            self._following = next(self._arrivals, None)
+
+    def _step(self, number: int, now: float) -> float:
+        """One step of a replica; when it ends."""
+        step = self._schedulers[number].step(now)
         if not step.seconds:
             # Idle until something arrives; when nothing will, until the end.
-            heapq.heapreplace(clock, (max(now + 1e-6, following[0]) if following else end, number))
-            continue
-        steps += bool(step.decodes)
-        decodes += step.decodes
+            return max(now + 1e-6, self._following[0]) if self._following else self._end
+        self._decoding_steps += bool(step.decodes)
+        self._decodes += step.decodes
         done = now + step.seconds
         for request, _token in step.outputs:
-            first.setdefault(request, done)
-            last[request] = done
-        heapq.heapreplace(clock, (done, number))
-    waits = sorted(first[request] - request.arrival for request in requests if request in first)
-    gaps = sorted(
-        (last[request] - first[request]) / (request.generated - 1)
-        for request in requests
-        if request.generated > 1
-    )
-    queried = sum(scheduler.counters.cache_queries for scheduler in schedulers)
-    hits = sum(scheduler.counters.cache_hits for scheduler in schedulers)
-    return Outcome(
-        replicas=replicas,
-        requests=len(requests),
-        first_token_p50=percentile(waits, 0.5),
-        first_token_p95=percentile(waits, 0.95),
-        gap_p95=percentile(gaps, 0.95),
-        batch=decodes / steps if steps else 0.0,
-        cache_hits=hits / queried if queried else 0.0,
-        unfinished=sum(not request.finished for request in requests),
-    )
+            self._first.setdefault(request, done)
+            self._last[request] = done
+        return done
+
+    def _outcome(self) -> Outcome:
+        first, last = self._first, self._last
+        waits = sorted(first[request] - request.arrival for request in self._requests if request in first)
+        gaps = sorted(
+            (last[request] - first[request]) / (request.generated - 1)
+            for request in self._requests
+            if request.generated > 1
+        )
+        queried = sum(scheduler.counters.cache_queries for scheduler in self._schedulers)
+        hits = sum(scheduler.counters.cache_hits for scheduler in self._schedulers)
+        return Outcome(
+            replicas=len(self._schedulers),
+            requests=len(self._requests),
+            first_token_p50=percentile(waits, 0.5),
+            first_token_p95=percentile(waits, 0.95),
+            gap_p95=percentile(gaps, 0.95),
+            batch=self._decodes / self._decoding_steps if self._decoding_steps else 0.0,
+            cache_hits=hits / queried if queried else 0.0,
+            unfinished=sum(not request.finished for request in self._requests),
+        )
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -132,8 +155,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line for each number of replicas until one keeps the targets; 1 when none does."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m modelfleet_serving.simulator.capacity",
         description="How many replicas does this load need?",
@@ -149,6 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-token-ms", type=float, default=1000.0, help="target for p95 (default: 1000)")
     parser.add_argument("--gap-ms", type=float, default=100.0, help="target for p95 between tokens")
     parser.add_argument("--max-replicas", type=int, default=32)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a line for each number of replicas until one keeps the targets; 1 when none does."""
+    parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if options.rate <= 0 or options.seconds <= 0 or min(options.prompt_tokens, options.answer_tokens) < 1:
         parser.error("--rate, --seconds, --prompt-tokens and --answer-tokens must be above 0")

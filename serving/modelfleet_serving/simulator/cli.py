@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from modelfleet_serving.simulator.config import GIB, SCALING_EFFICIENCY, TASKS, Config, profiles
@@ -129,7 +130,22 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         command_line.error(str(error))
 
 
-def _config(options: argparse.Namespace) -> Config:
+@dataclass(frozen=True)
+class _Sizes:
+    """Tokens and sequences that go together."""
+
+    kv_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def _sizes(options: argparse.Namespace) -> _Sizes:
+    """The sizes asked for over the profile's.
+
+    Raises:
+        ValueError: they contradict one another.
+    """
     profile = profiles()[options.profile]
     if options.kv_cache_tokens is not None:
         tokens = options.kv_cache_tokens
@@ -152,6 +168,13 @@ def _config(options: argparse.Namespace) -> Config:
                 f"--max-num-batched-tokens {budget}: without chunked prefill a step holds whole prompts, "
                 f"so at least --max-model-len ({max_model_len})"
             )
+    return _Sizes(blocks, max_model_len, max_num_seqs, budget)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    profile = profiles()[options.profile]
+    sizes = _sizes(options)
+    cache = sizes.kv_blocks * options.block_size * profile.kv_bytes_per_token
     names = options.served_model_name or [options.model]
     return Config(
         model=names[0],
@@ -161,11 +184,11 @@ def _config(options: argparse.Namespace) -> Config:
         host=options.host,
         port=options.port,
         profile=options.profile,
-        max_model_len=max_model_len,
+        max_model_len=sizes.max_model_len,
         limits=Limits(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            kv_blocks=blocks,
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            kv_blocks=sizes.kv_blocks,
             block_size=options.block_size,
             chunked_prefill=options.enable_chunked_prefill,
             prefix_caching=options.enable_prefix_caching,
@@ -174,7 +197,7 @@ def _config(options: argparse.Namespace) -> Config:
         ),
         speed=_speed(options),
         weights_gib=profile.weights_gib,
-        kv_cache_gib=round(tokens * profile.kv_bytes_per_token / GIB / options.tensor_parallel_size, 2),
+        kv_cache_gib=round(cache / GIB / options.tensor_parallel_size, 2),
         seed=options.seed,
         output_tokens=options.output_tokens,
         embedding_size=options.embedding_size,

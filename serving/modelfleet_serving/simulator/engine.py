@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import time
-from typing import Final, Protocol
+from typing import Final
 
 from modelfleet_serving.simulator.config import Config
 from modelfleet_serving.simulator.faults import Fate, Faults, draw
@@ -20,16 +20,6 @@ CATCH_UP_STEPS: Final = 4
 """Late steps that run before the loop sees to its sockets; what they write goes out together."""
 MAX_LAG: Final = 5.0
 """Seconds behind which the clock gives up and goes on from now."""
-
-
-class Sink(Protocol):
-    """Takes what a sequence produces; a sequence's ``owner``."""
-
-    def token(self, sequence: Sequence, token: int) -> None:
-        """A generated token."""
-
-    def pooled(self, sequence: Sequence) -> None:
-        """The prompt of a sequence without output was processed."""
 
 
 class Engine:
@@ -71,7 +61,11 @@ class Engine:
         return draw(self._faults, self._random)
 
     def submit(self, sequence: Sequence) -> bool:
-        """Queues a sequence; its ``owner`` is a :class:`Sink`. ``False`` when the queue is full."""
+        """Queues a sequence; ``False`` when the queue is full.
+
+        Its ``owner`` is called with each generated token, ``token(sequence, token)``, or with
+        ``pooled(sequence)`` when nothing is to be generated and the prompt was processed.
+        """
         sequence.arrival = time.monotonic()
         if not self.scheduler.add(sequence):
             self.metrics.rejected += 1

@@ -123,6 +123,12 @@ class Metrics(Collector):
         for state in ("awake", "weights_offloaded", "discard_all"):
             sleep.add_metric([*labels.values(), state], float(self._engine.sleep_state == state))
         yield sleep
+        yield from self._infos()
+
+    def _infos(self) -> Iterator[Metric]:
+        """Facts as labels, as vLLM shows them."""
+        scheduler = self._engine.scheduler
+        limits = self._engine.config.limits
         running = {sequence.adapter for sequence in scheduler.running if sequence.adapter}
         waiting = {sequence.adapter for sequence in scheduler.waiting if sequence.adapter}
         lora = GaugeMetricFamily(
@@ -131,17 +137,15 @@ class Metrics(Collector):
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         lora.add_metric(
-            [str(self._engine.config.limits.max_loras), ",".join(sorted(running)), ",".join(sorted(waiting))],
+            [str(limits.max_loras), ",".join(sorted(running)), ",".join(sorted(waiting))],
             self._engine.wall_clock(),
         )
         yield lora
-        config = self._engine.config
         cache = GaugeMetricFamily(
             "vllm:cache_config_info",
             "The KV cache.",
             labels=["block_size", "num_gpu_blocks", "enable_prefix_caching", "engine"],
         )
-        limits = config.limits
         cache.add_metric(
             [str(limits.block_size), str(limits.kv_blocks), str(limits.prefix_caching), "0"], 1.0
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -17,6 +19,7 @@ from modelfleet_serving.ray_token import TokenError, load_token
 _log = logging.getLogger(__name__)
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=4, sock_connect=2)
+_PRESENCE: Final = aiohttp.ClientTimeout(total=None, sock_connect=2)
 _FIRST_INTERVAL: Final = 1.0
 _BACKOFF_FIRST: Final = 0.1
 _BACKOFF_MOST: Final = 2.0
@@ -28,8 +31,11 @@ _LAST_AWAY_SECONDS: Final = 0.5
 class HeartbeatSender:
     """Sends heartbeats while :meth:`run` runs. A registry that is away is tried again and again.
 
+    It also holds a connection open, whose end shows the registry that this process was killed.
+
     Args:
         registry: base URL.
+        replica: id of the replica.
         compose: makes the heartbeat with the given sequence number.
         on_reply: gets each reply with the sequence number of the heartbeat that it answers.
     """
@@ -37,10 +43,12 @@ class HeartbeatSender:
     def __init__(
         self,
         registry: str,
+        replica: str,
         compose: Callable[[int], Heartbeat],
         on_reply: Callable[[int, HeartbeatReply], None],
     ) -> None:
         self._url = registry.rstrip("/") + "/v1/heartbeat"
+        self._presence_url = f"{registry.rstrip('/')}/v1/presence/{quote(replica, safe='')}"
         self._compose = compose
         self._on_reply = on_reply
         self._changed = asyncio.Event()
@@ -71,25 +79,44 @@ class HeartbeatSender:
 
     async def run(self) -> None:
         """Send until cancelled."""
-        async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
-            backoff = _BACKOFF_FIRST
-            while True:
-                self._changed.clear()
-                if await self._send(session):
-                    backoff = _BACKOFF_FIRST
-                    pause = min(self._interval, self._hurry or self._interval)
-                else:
-                    pause = backoff
-                    backoff = min(backoff * 2, _BACKOFF_MOST)
-                # Replicas that were started together must not report together for ever.
-                pause *= random.uniform(0.85, 1.0)  # noqa: S311
-                try:
-                    async with asyncio.timeout(pause):
-                        await self._changed.wait()
-                        if self._away:  # a change is no reason to knock more often
-                            await asyncio.sleep(pause)
-                except TimeoutError:
-                    continue
+        async with aiohttp.ClientSession(timeout=_TIMEOUT) as session, asyncio.TaskGroup() as group:
+            group.create_task(self._send_always(session), name="heartbeat")
+            group.create_task(self._be_present(session), name="presence")
+
+    async def _send_always(self, session: aiohttp.ClientSession) -> None:
+        backoff = _BACKOFF_FIRST
+        while True:
+            self._changed.clear()
+            if await self._send(session):
+                backoff = _BACKOFF_FIRST
+                pause = min(self._interval, self._hurry or self._interval)
+            else:
+                pause = backoff
+                backoff = min(backoff * 2, _BACKOFF_MOST)
+            # Replicas that were started together must not report together for ever.
+            pause *= random.uniform(0.85, 1.0)  # noqa: S311
+            try:
+                async with asyncio.timeout(pause):
+                    await self._changed.wait()
+                    if self._away:  # a change is no reason to knock more often
+                        await asyncio.sleep(pause)
+            except TimeoutError:
+                continue
+
+    async def _be_present(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            # Of a registry that is away the heartbeats tell.
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, TokenError):
+                headers = await self._authorization()
+                async with session.get(self._presence_url, headers=headers, timeout=_PRESENCE) as answer:
+                    if answer.status == 404:  # an older registry, which waits for our lease to end
+                        return
+                    if answer.status == 200:
+                        try:
+                            await answer.read()
+                        finally:
+                            self.send_now()  # we are alive
+            await asyncio.sleep(_BACKOFF_MOST * random.uniform(0.5, 1.0))  # noqa: S311  spread, no secret
 
     async def send_last(self) -> None:
         """Say goodbye; given up soon when nobody answers, because the lease ends anyway."""

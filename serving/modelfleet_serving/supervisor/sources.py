@@ -23,6 +23,8 @@ from typing import Final
 import filelock
 import platformdirs
 
+from modelfleet_serving.supervisor import object_store
+
 PVC_ROOT: Final = "/mnt/models"
 OCI_ROOT: Final = "/mnt/images"
 _DONE: Final = ".modelfleet-complete"
@@ -68,7 +70,7 @@ def locate(source: str, environ: Mapping[str, str] = os.environ) -> Model:
         case "oci":
             return _directory(source, _below(source, environ.get("MODELFLEET_OCI_ROOT", OCI_ROOT), rest))
         case "s3" | "gs":
-            return Model(str(_copy(source, scheme, _cache(environ))), is_local=True)
+            return Model(str(_copy(source, _cache(environ))), is_local=True)
     raise ModelNotFoundError(f"{source}: {scheme}:// is not one of hf, file, pvc, oci, s3, gs")
 
 
@@ -114,42 +116,33 @@ def _cache(environ: Mapping[str, str]) -> Path:
     return (Path(root) if root else platformdirs.user_cache_path("modelfleet")) / "models"
 
 
-def _copy(source: str, scheme: str, cache: Path) -> Path:
+def _copy(source: str, cache: Path) -> Path:
     """Copy a folder of an object store once; replicas that come meanwhile wait."""
     target = cache / hashlib.sha256(source.encode()).hexdigest()[:24]
     if (target / _DONE).exists():
         return target
-    try:
-        import fsspec  # noqa: PLC0415  takes long to import, and most sources don't need it
-
-        store = fsspec.filesystem(scheme)
-    except (ImportError, ValueError) as error:
-        raise ModelFetchError(
-            f"{source}: the package for {scheme}:// is not installed here: {error}"
-        ) from error
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(cache / f"{target.name}.lock", timeout=_LOCK_SECONDS):
             if not (target / _DONE).exists():
-                _download(source, store, target)
+                _download(source, target)
     except filelock.Timeout as error:
         raise ModelFetchError(f"{source}: another replica has been copying it for an hour") from error
     return target
 
 
-def _download(source: str, store: object, target: Path) -> None:
+def _download(source: str, target: Path) -> None:
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
     try:
-        store.get(source.rstrip("/") + "/", str(partial) + "/", recursive=True)  # type: ignore[attr-defined]
+        object_store.download(source, partial)
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"{source}: nothing is there") from error
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # the store's, the disk's
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)
-        raise ModelFetchError(f"{source}: {type(error).__name__}: {error}") from error
-    if not partial.is_dir() or not any(partial.iterdir()):
-        raise ModelNotFoundError(f"{source}: nothing is there")
+        first = str(error).partition("\n")[0]  # the store's client adds its inner state
+        raise ModelFetchError(f"{source}: {type(error).__name__}: {first}") from error
     (partial / _DONE).touch()
     partial.rename(target)

@@ -114,7 +114,7 @@ class Supervisor:
         self.fault = ""
         """Why this supervisor itself is of no use any more."""
         self._events: asyncio.Queue[Event] = asyncio.Queue(maxsize=1024)
-        self._sender = HeartbeatSender(self.args.registry, self._compose, self._on_reply)
+        self._sender = HeartbeatSender(self.args.registry, self.replica, self._compose, self._on_reply)
         self._secrets = secrets_of(self.environ, self.args.engine.env)
         self._capacity = self.adapter.capacity(self.args.engine)
         self._process: EngineProcess | None = None

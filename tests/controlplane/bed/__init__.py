@@ -6,6 +6,7 @@ from tests.controlplane.bed.cluster import Cluster, CommandError
 from tests.controlplane.bed.control_plane import ControlPlane
 from tests.controlplane.bed.faults import Fault, FaultProxy
 from tests.controlplane.bed.nodes import DEFAULT_FLEET, GPU, GPU_TOLERATION, NodeGroup
+from tests.controlplane.bed.pods import StandIn
 from tests.controlplane.bed.process import Component, ComponentError, wait_until
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FaultProxy",
     "NodeGroup",
     "Permission",
+    "StandIn",
     "ensure",
     "permissions",
     "wait_until",

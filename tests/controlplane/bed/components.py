@@ -88,6 +88,7 @@ def apiserver(program: Path, layout: Layout) -> list[str]:
         f"--service-account-issuer={ISSUER}",
         f"--service-account-key-file={pki / 'service-accounts.pub'}",
         f"--service-account-signing-key-file={pki / 'service-accounts.key'}",
+        "--kubelet-preferred-address-types=InternalIP",  # the nodes' names are no host names
         "--endpoint-reconciler-type=none",  # 127.0.0.1 may not be an endpoint of the Service kubernetes
         "--allow-privileged=true",
         "--shutdown-send-retry-after=true",  # ends in seconds; without it open watches hold it for a minute
@@ -139,14 +140,17 @@ def scheduler(program: Path, layout: Layout, kubeconfig: Path) -> list[str]:
 
 
 def kwok(program: Path, layout: Layout, kubeconfig: Path) -> list[str]:
-    """The kubelets of all nodes: leases, pods that become Ready, end and are deleted."""
+    """The kubelets of all nodes: leases, pods that become Ready, end and are deleted; port-forwards."""
     return [
         str(program),
         f"--kubeconfig={kubeconfig}",
         f"--config={layout.stages}",
         "--manage-all-nodes=true",
         f"--cidr={POD_CIDR}",
-        "--node-ip=10.0.0.1",
+        "--node-ip=127.0.0.1",  # the API server asks kubelets for port-forwards there
+        f"--node-port={layout.kwok_port}",
+        f"--tls-cert-file={layout.pki / 'kubelet.crt'}",
+        f"--tls-private-key-file={layout.pki / 'kubelet.key'}",
         "--node-lease-duration-seconds=40",
         f"--server-address=127.0.0.1:{layout.kwok_port}",
     ]

@@ -18,6 +18,7 @@ from tests.controlplane.bed import audit, components, kubeconfig, pki
 from tests.controlplane.bed.build import Report, ensure, module_dir, to_stderr
 from tests.controlplane.bed.cluster import Cluster
 from tests.controlplane.bed.nodes import DEFAULT_FLEET, NodeGroup
+from tests.controlplane.bed.pods import StandIn
 from tests.controlplane.bed.process import Component, ComponentError, Guard, Ports, http_ok, wait_until
 
 _PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
@@ -191,6 +192,18 @@ class ControlPlane(Cluster):
             env=env,
         )
 
+    def stand_in(self, *pods: StandIn) -> None:
+        """Let processes of this machine answer for pods: ``kubectl port-forward`` reaches them.
+
+        Takes the place of what was given before. The kubelets restart; pods stay as they are.
+        """
+        documents = [*_stages(), *(pod.document() for pod in pods)]
+        self.layout.stages.write_text(yaml.safe_dump_all(documents))
+        self.stop("kwok")
+        # It would wait for the end of its predecessor's leases before it cares for the nodes again.
+        self.kubectl("delete", "leases", "--all", "-n", "kube-node-lease")
+        self.start("kwok")
+
     def logs(self, name: str) -> str:
         """What a component logged so far."""
         return (self.layout.logs / f"{name}.log").read_text(errors="replace")
@@ -236,13 +249,13 @@ class ControlPlane(Cluster):
         authority.pair.write(layout.pki, "ca")
         names = ["127.0.0.1", "localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
         authority.serving([*names, "10.96.0.1"]).write(layout.pki, "apiserver")
+        authority.serving(["127.0.0.1"]).write(layout.pki, "kubelet")
         private, public = pki.signing_key()
         (layout.pki / "service-accounts.key").touch(mode=0o600)
         (layout.pki / "service-accounts.key").write_bytes(private)
         (layout.pki / "service-accounts.pub").write_bytes(public)
         layout.audit_policy.write_text(yaml.safe_dump(audit.POLICY))
-        stages = [document for document in _kwok_documents() if document["kind"] == "Stage"]
-        layout.stages.write_text(yaml.safe_dump_all(stages))
+        layout.stages.write_text(yaml.safe_dump_all(_stages()))
 
     @staticmethod
     def _storage_class() -> dict[str, object]:
@@ -303,6 +316,10 @@ class ControlPlane(Cluster):
                 None,
             ),
         ]
+
+
+def _stages() -> list[dict[str, object]]:
+    return [document for document in _kwok_documents() if document["kind"] == "Stage"]
 
 
 def _kwok_documents() -> list[dict[str, object]]:

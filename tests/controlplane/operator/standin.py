@@ -80,6 +80,12 @@ class RayStandIn:
     never_start: set[str] = field(default_factory=set)
     """Accelerators on which nothing is placed."""
     memory: EngineMemory | None = None
+    delay: float = 0.0
+    """Seconds before each answer."""
+    answer: tuple[int, str] | None = None
+    """In place of every answer: status and body, as from a proxy or another server."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Message by the beginning of an application's name: such ones are DEPLOY_FAILED."""
     port: int = 0
     set_at: dict[str, float] = field(default_factory=dict)
     """Seconds since the epoch at which an application was given its present configuration."""
@@ -101,7 +107,10 @@ class RayStandIn:
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
         return runner
 
-    def _check(self, request: web.Request) -> web.Response | None:
+    async def _check(self, request: web.Request) -> web.Response | None:
+        await asyncio.sleep(self.delay)
+        if self.answer is not None:
+            return web.Response(status=self.answer[0], text=self.answer[1])
         if self.down:
             assert request.transport is not None
             request.transport.abort()
@@ -111,7 +120,7 @@ class RayStandIn:
         return None
 
     async def _get(self, request: web.Request) -> web.Response:
-        if refusal := self._check(request):
+        if refusal := await self._check(request):
             return refusal
         self.gets += 1
         if self._body is None:
@@ -122,10 +131,12 @@ class RayStandIn:
 
     def _details(self, app: App) -> dict[str, Any]:
         ready = app.state == EndpointState.READY
+        failure = self._failure(app.config["name"])
+        status = "DEPLOY_FAILED" if failure else "RUNNING" if ready else "DEPLOYING"
         return {
             "name": app.config["name"],
-            "status": "DELETING" if app.deleting is not None else "RUNNING" if ready else "DEPLOYING",
-            "message": "",
+            "status": "DELETING" if app.deleting is not None else status,
+            "message": failure,
             "deployed_app_config": {"runtime_env": {}, **app.config},
             "deployments": {
                 "Replica": {
@@ -136,8 +147,11 @@ class RayStandIn:
             },
         }
 
+    def _failure(self, name: str) -> str:
+        return next((text for start, text in self.failed.items() if name.startswith(start)), "")
+
     async def _get_nodes(self, request: web.Request) -> web.Response:
-        if refusal := self._check(request):
+        if refusal := await self._check(request):
             return refusal
         if self.nodes is None:
             return web.Response(status=404)
@@ -152,7 +166,7 @@ class RayStandIn:
                                   "restarted": sum(self.restarted.values())})  # fmt: skip
 
     async def _put(self, request: web.Request) -> web.Response:
-        if refusal := self._check(request):
+        if refusal := await self._check(request):
             return refusal
         wanted = {c["name"]: c for c in msgspec.json.decode(await request.read())["applications"]}
         now = asyncio.get_running_loop().time()
@@ -205,7 +219,7 @@ class RayStandIn:
                 self._body = None
                 app.generation = -1  # says goodbye in its last heartbeat
                 return True
-        elif accelerator in self.never_start:
+        elif accelerator in self.never_start or self._failure(name):
             return False
         elif now - app.born >= self.start_seconds:
             app.state = EndpointState.READY
@@ -217,6 +231,8 @@ class RayStandIn:
         identity = parse_application_name(name)
         args = app.config.get("args") or {}
         if identity is None or "model" not in args or args.get("accelerator") in self.never_start:
+            return
+        if self._failure(name):
             return
         app.sequence += 1
         for number in range(app.replicas):

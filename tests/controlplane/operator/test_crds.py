@@ -1,4 +1,4 @@
-"""The CRDs at the real API server: every rule with an accept and a reject, defaults, columns, documentation."""
+"""The CRDs at the real API server: rules with an accept and a reject, defaults, columns, documentation."""
 
 from __future__ import annotations
 
@@ -72,6 +72,26 @@ CASES: dict[str, tuple[Body, Body]] = {
     "ray.registry and ray.authToken go with ray.address": (
         pool(ray={"address": "http://r:8265", "authToken": {"name": "s", "key": "k"}}),
         pool(ray={"cluster": {}, "authToken": {"name": "s", "key": "k"}}),
+    ),
+    "ray.address must be a URL with a host, without a user: http://ray-head:8265": (
+        pool(ray={"address": "https://[::1]:8265/ray"}),
+        pool(ray={"address": "http://user:password@ray:8265"}),
+    ),
+    "ray.registry must be a URL with a host, without a user: http://ray-head:8265": (
+        pool(ray={"address": "http://r:8265", "registry": "http://r"}),
+        pool(ray={"address": "http://r:8265", "registry": "http://[::1"}),
+    ),
+    "kvCacheMemory must be at least 1Mi: write a unit, as in 8Gi": (
+        deployment(engine={"kvCacheMemory": "1Mi"}),
+        deployment(engine={"kvCacheMemory": "8"}),
+    ),
+    "memoryPerNode must be at least 1Mi: write a unit, as in 8Gi": (
+        pool(accelerators=[{"type": "A10", "memoryPerNode": "1G"}]),
+        pool(accelerators=[{"type": "A10", "memoryPerNode": "64"}]),
+    ),
+    "an adapter must not have the name of its model, here the resource's": (
+        deployment(adapters=[ADAPTER]),
+        deployment("lora", adapters=[ADAPTER]),
     ),
     "metadata.name must have at most 40 characters": (deployment(LONG[:40]), deployment(LONG)),
 }

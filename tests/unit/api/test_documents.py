@@ -117,7 +117,8 @@ def test_each_mistake_is_named(text: str, expected: str) -> None:
         ({"routing": {"fallback": ["c"]}}, "spec.routing.fallback", "must name variants"),
         ({"routing": {"fallback": ["a", "a"]}}, "spec.routing.fallback", "each variant once"),
         ({"routing": {"queue": {"timeout": "5 minutes"}}}, "spec.routing.queue.timeout", "must match"),
-        ({"engine": {"gpuMemoryPercent": 90, "kvCacheMemory": "1Gi"}}, "spec.engine.kvCacheMemory", "exclude"),
+        ({"engine": {"gpuMemoryPercent": 90, "kvCacheMemory": "1Gi"}},
+         "spec.engine.kvCacheMemory", "exclude"),
         ({"engine": {"env": [{"name": "A B", "value": ""}]}}, "spec.engine.env[0].name", "must match"),
         ({"model": {"source": "hf://o/n", "name": "x"}, "adapters": [{"name": "x", "source": "hf://o/a"}]},
          "spec.adapters", "must not have the name of its model"),
@@ -212,3 +213,45 @@ def test_adapters_make_room_for_lora() -> None:
     lora = deployment.engine(deployment.spec.variants[0]).settings(adapters=3).lora
     assert lora is not None
     assert (lora.max_loras, lora.max_rank) == (3, 16)
+
+
+def test_what_a_newer_release_wrote_is_passed_over_after_a_rollback() -> None:
+    body = spec(newer={"x": 1}, variants=[{"name": "a", "newer": 1, "replicas": {"min": 2, "newer": 1}}])
+    body["status"] = {"ready": "1/1", "newer": 1, "conditions": [{"type": 1}]}
+    found = parse_object(body)
+    assert isinstance(found, ModelDeployment)
+    assert found.spec.variants[0].replicas.min == 2
+    assert found.status is None
+    body["status"] = {"ready": "1/1", "newer": 1}
+    found = parse_object(body)
+    assert found.status is not None
+
+
+def test_a_known_field_with_a_wrong_value_is_refused_beside_unknown_ones() -> None:
+    with pytest.raises(InvalidResourcesError, match=r"replicas\.min"):
+        parse_object(spec(newer=1, variants=[{"name": "a", "replicas": {"min": -1}}]))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://[::1",
+        "http://:::",
+        "http://h:99999",
+        "http://h:x",
+        "http://u:p@h:1",
+        "http://?",
+        "http://[v]/",
+    ],
+)
+def test_an_address_that_can_not_be_called_is_refused(address: str) -> None:
+    for ray in ({"address": address}, {"address": "http://h:1", "registry": address}):
+        with pytest.raises(InvalidResourcesError, match="must be a URL"):
+            parse_object(
+                {
+                    "apiVersion": "modelfleet.io/v1alpha1",
+                    "kind": "ServingPool",
+                    "metadata": {"name": "p"},
+                    "spec": {"ray": ray, "accelerators": [{"type": "A10"}]},
+                }
+            )

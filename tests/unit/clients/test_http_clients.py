@@ -51,6 +51,7 @@ async def test_registry_calls(server: tuple[Server, str, aiohttp.ClientSession])
     client = RegistryClient(session, url, lambda: "secret")
     await client.put_route(ROUTE)
     await client.delete_route("n", "d")
+    await client.complete_routes()
     state.body = {"epoch": "e", "version": 3}
     assert await client.state("e", 2, 0) == RegistryState(epoch="e", version=3)
     state.status, state.body = 304, ""
@@ -59,6 +60,7 @@ async def test_registry_calls(server: tuple[Server, str, aiohttp.ClientSession])
     assert methods == [
         ("PUT", "/v1/routes/n/d"),
         ("DELETE", "/v1/routes/n/d"),
+        ("POST", "/v1/routes/complete"),
         ("GET", "/v1/state"),
         ("GET", "/v1/state"),
     ]
@@ -98,12 +100,13 @@ async def test_a_proxy_page_is_unavailable(server: tuple[Server, str, aiohttp.Cl
 async def test_serve_details_are_read(server: tuple[Server, str, aiohttp.ClientSession]) -> None:
     state, url, session = server
     replicas = [{"state": "RUNNING", "replica_id": "x"}, {"state": "STARTING"}]
+    replica = {"status": "UPDATING", "message": "no room", "replicas": replicas}
     state.body = {
         "controller_info": {},
         "applications": {
             "a": {
                 "status": "DEPLOYING", "message": "", "deployed_app_config": {"name": "a", "args": {"x": 1}},
-                "deployments": {"Replica": {"status": "UPDATING", "message": "no room", "replicas": replicas}},
+                "deployments": {"Replica": replica},
             },
             "b": {"status": "DELETING", "message": "", "deployed_app_config": None, "deployments": {}},
         },
@@ -117,3 +120,23 @@ async def test_put_is_the_whole_set(server: tuple[Server, str, aiohttp.ClientSes
     state, url, session = server
     await RayServeClient(session, url, lambda: None).put([b'{"name":"a"}'])
     assert state.seen[0][2] == {"proxy_location": "Disabled", "applications": [{"name": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(200, {}), (200, "<html>login</html>"), (404, {"applications": {}}), (304, "")]
+)
+async def test_what_is_no_ray_is_not_an_empty_ray(
+    server: tuple[Server, str, aiohttp.ClientSession], status: int, body: Any
+) -> None:
+    state, url, session = server
+    state.status, state.body = status, body
+    client = RayServeClient(session, url, lambda: None)
+    with pytest.raises(UnavailableError):
+        await client.applications()
+
+
+async def test_a_put_that_nobody_took_is_told(server: tuple[Server, str, aiohttp.ClientSession]) -> None:
+    state, url, session = server
+    state.status = 404
+    with pytest.raises(UnavailableError, match="404"):
+        await RayServeClient(session, url, lambda: None).put([])

@@ -19,6 +19,10 @@ def load(name: str) -> Any:
     return json.loads((DATA / name).read_text())
 
 
+def lines(name: str) -> list[str]:
+    return (DATA / name).read_text().splitlines()
+
+
 def application(engine: EngineSettings, **changes: Any) -> ApplicationArgs:
     fields: dict[str, Any] = {
         "namespace": "default",

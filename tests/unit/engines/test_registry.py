@@ -117,7 +117,10 @@ def test_what_the_simulator_prints_is_read_back() -> None:
     lines = [
         "modelfleet-simulator: Model loading took 1.0 GiB",
         "modelfleet-simulator: Available KV cache memory: 4.0 GiB",
-        "modelfleet-simulator: KV cache size: 131,072 tokens, Maximum concurrency for 32,768 tokens per request: 4.00x",
+        (
+            "modelfleet-simulator: KV cache size: 131,072 tokens, "
+            "Maximum concurrency for 32,768 tokens per request: 4.00x"
+        ),
     ]
     expected = EngineMemory(weights_gib=1.0, kv_cache_gib=4.0, kv_cache_tokens=131072, max_model_len=32768)
     assert SIMULATOR.read_boot(lines) == expected

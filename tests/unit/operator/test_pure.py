@@ -121,8 +121,10 @@ class TestPlanner:
             {"type": "T4", "gpusPerNode": 1, "maxNodes": 1},
         )
         planner.set_view(pool_view(pool(*groups)), declared=True)
+        asked: dict[str, int] = {}
         for number, replicas in steps:
             name = f"m{number}"
+            asked[f"default/{name}"] = replicas
             if replicas == 0:
                 planner.forget(f"default/{name}")
                 planner.plan({}, {}, {})
@@ -136,9 +138,12 @@ class TestPlanner:
             ]
             wanted = deployment(name, variants=choice)
             planner.plan({wanted.key: wanted}, {}, {})
-            held = planner.holdings()
-            assert held.get("A10", 0) <= 4
-            assert held.get("T4", 0) <= 1
+            held: dict[str, float] = {"A10": 0, "T4": 0}
+            for key, results in planner.results.items():
+                if (plan := results["a"].plan) is not None:
+                    held[plan.accelerator] += plan.accelerators_per_replica * asked[key]
+            assert held["A10"] <= 4
+            assert held["T4"] <= 1
 
 
 class TestSight:
@@ -201,7 +206,14 @@ class TestNodes:
 
 class TestRayCluster:
     MADE = pool(
-        {"type": "A10", "gpusPerNode": 1, "minNodes": 1, "maxNodes": 4, "cpusPerNode": "7", "memoryPerNode": "28Gi"},
+        {
+            "type": "A10",
+            "gpusPerNode": 1,
+            "minNodes": 1,
+            "maxNodes": 4,
+            "cpusPerNode": "7",
+            "memoryPerNode": "28Gi",
+        },
         {"type": "CPU", "gpusPerNode": 0, "maxNodes": 2},
         cluster={
             "gcsFaultTolerance": {"redisAddress": "redis:6379", "password": {"name": "redis", "key": "p"}},
@@ -255,11 +267,22 @@ class TestRayCluster:
     def test_only_fields_of_ours_differ(self) -> None:
         wanted = self.build()
         actual = json.loads(json.dumps(wanted))
-        actual["metadata"]["annotations"] = {"theirs": "x"}
+        actual["metadata"]["annotations"]["theirs"] = "x"
         actual["spec"]["suspend"] = False
         assert not differs(wanted, actual)
         actual["spec"]["workerGroupSpecs"][0]["maxReplicas"] = 99
         assert differs(wanted, actual)
+
+    def test_a_field_that_is_no_longer_wanted_differs(self) -> None:
+        running = self.build()
+        spec = self.MADE.spec.ray.cluster
+        assert spec is not None
+        without: tuple[dict[str, Any], ...] = ({"env_from_secrets": []}, {"gcs_fault_tolerance": None})
+        for gone in without:
+            ray = self.MADE.spec.ray.model_copy(update={"cluster": spec.model_copy(update=gone)})
+            pool = self.MADE.model_copy(update={"spec": self.MADE.spec.model_copy(update={"ray": ray})})
+            images = engine_images(spec, "head:1", "vllm:1", "sglang:1")
+            assert differs(ray_cluster(pool, images, running), running), gone
 
 
 class TestPending:
@@ -330,3 +353,17 @@ class TestSettings:
 
 def test_nothing_observed_is_blind_to_nothing() -> None:
     assert not Observed().revisions("a")
+
+
+def test_what_never_worked_is_told_when_it_fails_and_not_again() -> None:
+    def found(before: str, after: str, status: str = "False") -> list[str]:
+        old = [condition("Ready", "False").model_copy(update={"reason": before})]
+        new = [condition("Ready", status).model_copy(update={"reason": after})]
+        return [c.reason for c in turned(old, [*new, condition("Fits", "True")])]
+
+    assert found("Deploying", "Starting") == []
+    assert found("Starting", "OutOfMemory") == ["OutOfMemory"]
+    assert found("OutOfMemory", "OutOfMemory") == []
+    assert found("OutOfMemory", "AllVariantsReady", "True") == ["AllVariantsReady"]
+    refused = condition("Fits", "False")
+    assert [c.type for c in turned([], [condition("Ready", "False"), refused])] == ["Fits"]

@@ -228,3 +228,12 @@ def test_the_context_is_shortened_only_where_none_is_asked_for(asked: int | None
         assert result.plan
         assert 2048 < (result.plan.max_model_len or 0) < 131072
         assert "maxModelLen" in result.plan.settings
+
+
+def test_a_checkpoint_that_breaks_the_arithmetic_keeps_no_other_from_its_plan() -> None:
+    layers = replace(LLAMA.attention[0], key_dim=0, value_dim=0)
+    broken = replace(on("A10"), model=replace(LLAMA, attention=(layers,)))
+    results = plan_all({"a": broken, "b": on("A10")}, pool("A10"))
+    assert results["a"].reason == "PlannerFailed"
+    assert not results["a"].retryable
+    assert results["b"].fits

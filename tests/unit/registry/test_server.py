@@ -179,6 +179,8 @@ async def test_metrics(api: Api) -> None:
     text = content.decode()
     assert 'modelfleet_registry_replicas{state="Draining"} 1.0' in text
     assert "modelfleet_registry_heartbeats_total 1.0" in text
+    assert 'modelfleet_registry_engine_restarts_total{model="m",variant="a"} 0.0' in text
+    assert 'modelfleet_registry_replicas_lost_total{model="m",variant="a"} 0.0' in text
     assert 'path="/v1/routes/{namespace}/{name}"' in text, "no label per model"
 
 

@@ -81,6 +81,49 @@ def test_the_lease_ends() -> None:
     assert endpoints(registry) == {}
 
 
+def test_who_is_killed_is_dropped_long_before_the_lease_ends() -> None:
+    registry, now = settled()
+    registry.connected("x")
+    registry.heartbeat(beat("x", 1), now)
+    registry.disconnected("x", now)
+    registry.tick(now + 1)
+    assert endpoints(registry) == {"x": EndpointState.READY}
+    registry.tick(now + registry.settings.reconnect)
+    assert endpoints(registry) == {}
+
+
+def test_who_lives_only_reconnects() -> None:
+    registry, now = settled()
+    registry.connected("x")
+    registry.heartbeat(beat("x", 1), now)
+    registry.disconnected("x", now)
+    registry.heartbeat(beat("x", 2), now + 1)
+    registry.connected("x")
+    registry.connected("x")
+    registry.disconnected("x", now + 1)  # an old connection, whose end is heard of late
+    for step in range(2, int(registry.lease)):
+        registry.tick(now + step)
+        assert endpoints(registry) == {"x": EndpointState.READY}
+
+
+def test_incidents_are_counted_while_their_variant_is_there() -> None:
+    def counted() -> dict[str, tuple[str, int, int]]:
+        return {v: (c.model, c.restarts, c.lost) for v, c in registry.endpoints.incidents}
+
+    registry, now = settled()
+    registry.heartbeat(beat("x", 7, restarts=5), now)
+    assert counted() == {"a": ("m", 0, 0)}, "what came before us may have been counted before"
+    registry.heartbeat(beat("x", 8, restarts=7), now)
+    registry.heartbeat(beat("y", 1), now)
+    registry.heartbeat(beat("y", 2, gone=True), now)
+    assert counted() == {"a": ("m", 2, 0)}
+    for step in range(int(registry.lease) + 1):
+        registry.tick(now + step)
+    assert counted() == {"a": ("m", 2, 1)}
+    registry.delete_route("default", "m")
+    assert counted() == {}
+
+
 def test_a_registry_that_stood_still_drops_nobody() -> None:
     registry, now = settled()
     registry.heartbeat(beat("x", 1), now)
@@ -181,6 +224,16 @@ class TestWarming:
         for now in range(200):
             registry.tick(float(now))
         assert registry.warming
+
+    def test_it_settles_without_routes_once_it_knows_that_there_are_none(self) -> None:
+        registry = Registry("e1", now=0.0)
+        registry.complete_routes()
+        registry.tick(0.0)
+        assert registry.warming, "replicas that were there before may still turn up"
+        before = registry.state_version
+        registry.tick(60.0)
+        assert not registry.warming
+        assert registry.state_version > before, "the operator hears of it"
 
     def test_it_waits_until_nothing_turns_up_any_more(self) -> None:
         registry = Registry("e1", now=0.0)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, Task
-from modelfleet_serving.engines import Call, Drain, EngineAdapter, Launch, Probe, SettingsProblem
+from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings
+from modelfleet_serving.engines import Drain, EngineAdapter, Launch, Probe, SettingsProblem
 from modelfleet_serving.engines.exposition import LoadMetrics
 
 ENGINE = Path(__file__).parent / "engine.py"
@@ -27,29 +27,17 @@ class ScriptEngine(EngineAdapter):
     def problems(self, args: ApplicationArgs, launch: Launch) -> list[SettingsProblem]:
         return []
 
-    def command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
+    def _command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
         options: dict[str, Any] = {**args.engine.args, "host": launch.host, "port": launch.port}
         return [sys.executable, "-S", str(ENGINE), json.dumps(options)]
 
-    def environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
-        return dict(args.engine.env)
-
-    def endpoints(self, task: Task) -> frozenset[str]:
-        return frozenset()
-
-    def capacity(self, settings: EngineSettings) -> int | None:
-        return settings.max_num_seqs
+    def _environment(self, args: ApplicationArgs, launch: Launch) -> dict[str, str]:
+        return {}
 
     def read_log(self, line: str, known: EngineMemory) -> EngineMemory:
         if line.startswith("loaded "):
             return msgspec.structs.replace(known, weights_gib=float(line.split()[1]))
         return known
-
-    def load_adapter(self, name: str, path: str) -> Call:
-        return Call("POST", "/")
-
-    def unload_adapter(self, name: str) -> Call:
-        return Call("POST", "/")
 
 
 def arguments(folder: Path, registry: str = "http://127.0.0.1:9", **engine_args: Any) -> ApplicationArgs:

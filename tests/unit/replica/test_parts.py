@@ -11,9 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.unit.object_store import ObjectStore
 from tests.unit.replica.script import alive
 
-from modelfleet_serving.supervisor import guard
+from modelfleet_serving.supervisor import guard, object_store
 from modelfleet_serving.supervisor.engine_process import EngineProcess, Exit, scrub, secrets_of
 from modelfleet_serving.supervisor.failures import classify, describe
 from modelfleet_serving.supervisor.launch import inherited_environment
@@ -47,27 +48,34 @@ class TestSources:
         with pytest.raises(ModelNotFoundError):
             locate(source, {"MODELFLEET_PVC_ROOT": "/"})
 
-    def test_a_store_is_copied_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import fsspec
-
-        calls = []
-
-        class Store:
-            def get(self, source: str, target: str, recursive: bool) -> None:
-                calls.append(source)
-                if "broken" in source:
-                    raise RuntimeError("connection lost")
-                Path(target).mkdir(parents=True)
-                Path(target, "config.json").write_text("{}")
-
-        monkeypatch.setattr(fsspec, "filesystem", lambda scheme: Store())
+    @pytest.mark.parametrize("scheme", ["s3", "gs"])
+    def test_a_store_is_copied_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+    ) -> None:
+        monkeypatch.setattr(object_store, "PART_BYTES", 1000)
+        weights = bytes(range(256)) * 20
+        files = {"m/config.json": b"{}", "m/sub/weights": weights, "m/empty": b"", "m2/other": b"another's"}
         environ = {"MODELFLEET_CACHE": str(tmp_path)}
-        first = locate("s3://bucket/model", environ)
-        assert Path(first.name, "config.json").exists()
-        assert locate("s3://bucket/model", environ) == first
-        assert calls == ["s3://bucket/model/"]
-        with pytest.raises(ModelFetchError, match="connection lost"):
-            locate("gs://bucket/broken", environ)
+        with ObjectStore(files) as store:
+            for name, value in store.environment().items():
+                monkeypatch.setenv(name, value)
+            store.cut_off = 2  # is asked for again
+            first = locate(f"{scheme}://bucket/m", environ)
+            with pytest.raises(ModelNotFoundError, match="nothing is there"):
+                locate(f"{scheme}://bucket/none", environ)
+            store.files = {}
+            assert locate(f"{scheme}://bucket/m", environ) == first
+        copied = {str(f.relative_to(first.name)): f for f in Path(first.name).rglob("*") if f.is_file()}
+        assert copied.keys() == {"config.json", "sub/weights", "empty", ".modelfleet-complete"}
+        assert copied["sub/weights"].read_bytes() == weights
+
+    def test_a_store_that_refuses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with ObjectStore({"m/config.json": b"{}"}) as store:
+            for name, value in store.environment(key="revoked").items():
+                monkeypatch.setenv(name, value)
+            with pytest.raises(ModelFetchError, match="InvalidAccessKeyId"):
+                locate("s3://bucket/m", {"MODELFLEET_CACHE": str(tmp_path)})
+        assert [path.suffix for path in tmp_path.glob("models/*")] == [".lock"], "nothing half copied"
 
 
 def test_an_engine_inherits_no_cluster_secrets() -> None:

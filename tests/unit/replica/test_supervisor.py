@@ -239,7 +239,30 @@ async def test_heartbeats_that_fail_by_a_bug_are_no_secret(
         await until(lambda: "KeyError" in supervisor.fault, "Serve's health check can tell")
 
 
-async def test_the_engine_dies_with_its_owner(tmp_path: Path) -> None:
+async def test_a_replica_whose_connection_breaks_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = bench.server.registry
+    registry.settings = Settings(settle=0.0, reconnect=1.0)
+    monkeypatch.setattr(
+        "modelfleet_serving.supervisor.heartbeat._PRESENCE", aiohttp.ClientTimeout(total=0.05)
+    )
+    monkeypatch.setattr("modelfleet_serving.supervisor.heartbeat._BACKOFF_MOST", 0.05)
+    ended: list[str] = []
+    disconnected = registry.disconnected
+
+    def record(replica: str, now: float) -> None:
+        ended.append(replica)
+        disconnected(replica, now)
+
+    monkeypatch.setattr(registry, "disconnected", record)
+    async with bench.replica():
+        await bench.until_state("replica1", EndpointState.READY)
+        ended.clear()
+        await until(lambda: len(ended) > 30, "its connection broke again and again")
+        assert bench.beat("replica1").state is EndpointState.READY
+        assert [incidents.lost for _, incidents in registry.endpoints.incidents] == [0]
+
+
+async def test_the_engine_and_the_endpoint_end_with_their_owner(bench: Bench, tmp_path: Path) -> None:
     """The owner is killed by SIGKILL: it can do nothing about it any more."""
     code = f"""
 import asyncio, pathlib, sys
@@ -249,7 +272,7 @@ from tests.unit.replica.script import ScriptEngine, arguments
 engines.REGISTRY = {{"Script": ScriptEngine()}}
 folder = pathlib.Path({str(tmp_path)!r})
 async def main():
-    args = arguments(folder, mode="stubborn")
+    args = arguments(folder, {bench.url!r}, mode="stubborn")
     s = Supervisor(args=args, replica="x", host="127.0.0.1", log=folder / "x.log")
     asyncio.create_task(s.run())
     while s.state.endpoint != "Ready":
@@ -263,7 +286,11 @@ asyncio.run(main())
     assert await owner.stdout.readline() == b"ready\n"
     tree = [pid for pid in processes_with(str(tmp_path)) if pid != owner.pid]
     assert len(tree) >= 4
+    await bench.until_state("x", EndpointState.READY)
     owner.kill()
     await owner.wait()
     await until(lambda: not any(alive(pid) for pid in tree), "the engine is gone", seconds=2.0)
+    assert bench.server.registry.lease == 10
+    await until(lambda: "x" not in bench.seen(), "the endpoint is gone before its lease ends", seconds=5.0)
+    assert [incidents.lost for _, incidents in bench.server.registry.endpoints.incidents] == [1]
     assert not processes_with(str(tmp_path))

@@ -179,3 +179,141 @@ async def test_two_deaths_in_a_row(router: Harness) -> None:
     assert b"one" in first
     assert three.requests[0].json()["messages"][-1]["content"] == "one two"
     assert b" three" in rest
+
+
+def _choice(index: int, text: str | None, finish: str | None = None) -> dict[str, Any]:
+    entry = _delta(text, finish=finish)
+    entry["choices"][0]["index"] = index
+    return entry
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [_choice(0, "one"), _choice(1, "uno"), _choice(0, None, "stop")],
+        [_choice(0, "one"), _choice(0, None, "stop")],
+        [_choice(1, None, "stop")],
+    ],
+)
+async def test_one_finished_choice_of_two_is_not_the_end(router: Harness, sent: list[dict[str, Any]]) -> None:
+    async def dies(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD + b"".join(chunk(event(entry)) for entry in sent))
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.transport.abort()
+
+    await _pair(router, dies, goes_on)
+    answer = await router.ask(stream=True, n=2)
+    assert not answer.complete
+    assert b'"error"' in answer.body
+    assert b"[DONE]" not in answer.body
+
+
+async def test_both_finished_choices_are_the_end(router: Harness) -> None:
+    async def dies(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        for entry in (
+            _choice(0, "one"),
+            _choice(1, "uno"),
+            _choice(1, None, "stop"),
+            _choice(0, None, "stop"),
+        ):
+            writer.write(
+                (SSE_HEAD if entry["choices"][0]["delta"] == {"content": "one"} else b"")
+                + chunk(event(entry))
+            )
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.transport.abort()
+
+    await _pair(router, dies, goes_on)
+    answer = await router.ask(stream=True, n=2)
+    assert answer.complete
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_an_engine_that_will_not_go_on_is_not_blamed(router: Harness) -> None:
+    """A model without ``continue_final_message`` answers 400: that says nothing about the engine's health."""
+    _, two = await _pair(router, speaks_then_dies("one"), answer_status(400))
+    answer = await router.ask(stream=True)
+    assert not answer.complete
+    assert b"answered 400" in answer.body
+    ref = router.worker.table.models["m"].variants["a"].endpoints[1]
+    assert len(two.requests) == 1
+    assert not ref.circuit.failures
+
+
+async def test_as_many_deaths_as_it_takes_while_text_comes(router: Harness) -> None:
+    """Each engine says one word and dies; those that come back are used again."""
+    words = iter(["one", " two", " three", " four", " five", " six"])
+
+    async def says_a_word(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        word = next(words, None)
+        if word is None:
+            await goes_on(engine, request, writer)
+            return
+        writer.write(SSE_HEAD + chunk(event(_delta(word))))
+        await writer.drain()
+        await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+    engines = [await router.engine(name, says_a_word) for name in ("r1", "r2")]
+    await router.table(model(a=engines))
+    answer = await router.ask(stream=True)
+    assert answer.complete
+    text = "".join(
+        c["choices"][0]["delta"].get("content") or "" for c in _chunks(answer.body) if c["choices"]
+    )
+    assert text == "one two three four five six three"
+    assert answer.body.count(b"[DONE]") == 1
+    assert (await router.stats()).continued == 6
+    assert not any(router.hub.counters.cells)
+
+
+async def test_deaths_without_progress_are_bounded(router: Harness) -> None:
+    calls = 0
+
+    async def first(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        writer.write(SSE_HEAD)
+        if calls == 1:
+            writer.write(chunk(event(_delta("one"))))
+        await writer.drain()
+        await asyncio.sleep(0.005)
+        writer.transport.abort()
+
+    await router.table(model(a=[await router.engine(f"r{n}", first) for n in range(6)]))
+    answer = await router.ask(stream=True)
+    assert not answer.complete
+    assert calls <= 4
+
+
+@pytest.mark.parametrize(
+    ("delta", "reason"),
+    [
+        ({"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}]}, "tool_call"),
+        ({"reasoning_content": "hm"}, "reasoning"),
+        ({"reasoning": "hm"}, "reasoning"),
+        ({"refusal": "no"}, "refusal"),
+    ],
+)
+async def test_half_a_tool_call_is_an_error_and_a_whole_one_the_end(
+    router: Harness, delta: dict[str, Any], reason: str
+) -> None:
+    for finish in (None, "tool_calls"):
+
+        async def dies(
+            engine: Engine, request: Received, writer: asyncio.StreamWriter, finish: str | None = finish
+        ) -> None:
+            writer.write(SSE_HEAD + chunk(event(_delta(None, finish=None, **delta))))
+            if finish:
+                writer.write(chunk(event(_delta(None, finish=finish))))
+            await writer.drain()
+            await asyncio.sleep(0.01)
+            writer.transport.abort()
+
+        await router.table(model(a=[await router.engine("one", dies), await router.engine("two", dies)]))
+        answer = await router.ask(stream=True)
+        assert answer.complete == bool(finish)
+        if finish is None:
+            assert f"can't be continued: {reason}".encode() in answer.body

@@ -251,3 +251,72 @@ async def test_idle_engines_are_checked() -> None:
         for _ in range(10):
             assert (await checked.ask()).json()["engine"] == "good"
         assert (await checked.stats()).retries == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [b"x" * 200_000, b"", b"HTTP/1.1 ", b"\r\n\r\n", b"HTTP/1.1 503 No\r\n\r\n"]
+)
+async def test_no_answer_to_a_health_check_ends_them(answer: bytes) -> None:
+    async def sick(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with harness(health_interval=0.01) as router:
+        one, two = await router.engine("r1", sick), await router.engine("r2")
+        await router.table(model(a=[one, two]))
+        refs = router.worker.table.models["m"].variants["a"].endpoints
+        await until(lambda: refs[0].limit == 0)
+        seen = len(two.requests)
+        await until(lambda: len(two.requests) > seen + 2)
+
+
+async def test_a_model_that_is_removed_answers_who_waits_for_it(router: Harness) -> None:
+    engine = await router.engine("r1")
+    table = model(a=[engine])
+    table["variants"][0]["endpoints"][0]["state"] = "Starting"
+    await router.table(table)
+    client = await router.client()
+    client.send(post())
+    await until(lambda: router.worker.dispatcher.waiting.number == 1)
+    await router.table(model("other", a=[engine]))
+    answer = await client.answer()
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert router.worker.dispatcher.waiting.number == 0
+    assert not any(router.hub.counters.cells)
+
+
+async def test_a_model_that_comes_back_serves_who_waits_for_it(router: Harness) -> None:
+    """Removed and added again, perhaps within one update: its queue and its counts are of the new one."""
+    engine = await router.engine("r1")
+    table = model(a=[engine])
+    table["variants"][0]["endpoints"][0]["state"] = "Starting"
+    for _ in range(4):
+        await router.table(table)
+        first = await router.client()
+        first.send(post())
+        await until(lambda: router.worker.dispatcher.waiting.number == 1)
+        await router.table()
+        assert (await first.answer()).status == 404
+        await router.table(table)
+        second = await router.client()
+        second.send(post())
+        await until(lambda: router.worker.dispatcher.waiting.number == 1)
+        await router.table({**table, "variants": model(a=[engine])["variants"]})
+        assert (await second.answer()).status == 200
+        assert not any(router.hub.counters.cells)
+
+
+async def test_a_variant_that_is_removed_answers_who_waits_for_it(router: Harness) -> None:
+    engine = await router.engine("r1")
+    table = model(a=[engine], b=[engine])
+    for variant in table["variants"]:
+        variant["endpoints"] = [{"id": "r1", "url": engine.url, "state": "Starting"}]
+    await router.table(table)
+    client = await router.client()
+    client.send(post(model="m:b"))
+    await until(lambda: router.worker.dispatcher.waiting.number == 1)
+    await router.table({**table, "variants": table["variants"][:1]})
+    answer = await client.answer()
+    assert (answer.status, answer.error["code"]) == (404, "variant_not_found")
+    assert not any(router.hub.counters.cells)

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 
 import pytest
-from tests.unit.router.harness import Harness, harness, model, post, until
+from tests.unit.router.harness import (
+    Engine,
+    Harness,
+    Received,
+    answer_json,
+    hang,
+    harness,
+    model,
+    post,
+    until,
+)
 
 BODY = b'{"model":"m"}'
 START = b"POST /v1/chat/completions HTTP/1.1\r\n"
@@ -253,3 +265,190 @@ async def test_cors_only_where_configured(router: Harness) -> None:
         assert "access-control-allow-origin" not in answer.headers
         answer = await browser.ask(post(model="nope", headers={"origin": "http://b"}))
         assert answer.headers["access-control-allow-origin"] == "http://b"
+
+
+async def test_connections_beyond_the_bound_are_told_so_and_take_no_place() -> None:
+    async with harness(max_connections=2) as router:
+        await _ready(router)
+        kept = [await router.client() for _ in range(2)]
+        for client in kept:
+            client.send(post())
+            assert (await client.answer()).status == 200
+        refused = [await router.client() for _ in range(5)]
+        for client in refused:
+            answer = await client.answer()
+            assert answer.status == 503
+            assert answer.error["code"] == "too_many_connections"
+            assert answer.headers["connection"] == "close"
+            assert "retry-after" in answer.headers
+        await kept[0].close()
+        # The refused ones still linger, and must not keep others out.
+        await until(lambda: len(router.worker.clients) <= 1)
+        assert (await router.ask()).status == 200
+        kept[1].send(post())
+        assert (await kept[1].answer()).status == 200
+
+
+@pytest.mark.parametrize("where", ["trailer", "extension", "chunks"])
+async def test_framing_without_content_is_bounded(router: Harness, where: str) -> None:
+    """What the parser skips or gathers is in no body's size."""
+    await _ready(router)
+    client = await router.client()
+    head = HOST + b"transfer-encoding: chunked\r\n\r\n"
+    start = {"trailer": head + b"0\r\nx-t: ", "extension": head + b"5;a=", "chunks": head}[where]
+    more = b"1;a=" + b"b" * 1000 + b"\r\nx\r\n" if where == "chunks" else b"a" * 1000
+    client.send(start)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(4000):
+            client.send(more)
+            await asyncio.sleep(0)
+            if client.reader.at_eof() or client.reader._buffer:  # type: ignore[attr-defined]
+                break
+        else:
+            pytest.fail("it took everything")
+    assert (await client.answer()).status in (400, 431)
+
+
+async def test_a_head_in_pieces_does_not_count_as_body() -> None:
+    async with harness(max_body_bytes=13) as router:
+        await _ready(router)
+        client = await router.client()
+        data = HOST + b"content-length: 13\r\n\r\n" + BODY
+        for start in range(0, len(data), 5):
+            client.send(data[start : start + 5])
+            await asyncio.sleep(0)
+        assert (await client.answer()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("HEAD", "/v1/models", 200),
+        ("HEAD", "/healthz", 200),
+        ("HEAD", "/v1/chat/completions", 405),
+        ("HEAD", "/nothing", 404),
+        ("OPTIONS", "*", 204),
+        ("OPTIONS", "/v1/chat/completions", 204),
+        ("GET", "/v1/chat/completions", 405),
+        ("PUT", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models/m", 405),
+        ("TRACE", "/v1/models", 405),
+        ("CONNECT", "example.org:443", 400),
+        ("GET", "/v1/realtime?model=m", 426),
+        ("GET", "http://router/v1/models", 200),
+        ("GET", "HTTP://router/v1/models", 200),
+        ("GET", "http://router", 404),
+        ("GET", "*", 404),
+    ],
+)
+async def test_methods_and_targets(router: Harness, method: str, path: str, status: int) -> None:
+    """Each leaves the connection in step, but for the refused target."""
+    await _ready(router)
+    client = await router.client()
+    client.send(f"{method} {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() + post())
+    answer = await client.answer(head_only=method == "HEAD")
+    assert answer.status == status
+    if status == 405:
+        assert answer.headers["allow"]
+    if status != 400:
+        assert (await client.answer()).status == 200
+
+
+async def test_an_http_2_preface_is_refused(router: Harness) -> None:
+    client = await router.client()
+    client.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert (await client.answer()).status in (400, 505)
+    assert await client.closed()
+
+
+async def test_a_hundred_pipelined_requests_of_many_kinds(router: Harness) -> None:
+    await _ready(router)
+    client = await router.client()
+    kinds = [
+        (post(), 200, False),
+        (_chunked(BODY), 200, False),
+        (b"HEAD /v1/models HTTP/1.1\r\nhost: x\r\n\r\n", 200, True),
+        (post(body=b"{"), 400, False),
+        (b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n", 204, False),
+        (post(headers={"expect": "100-continue"}), 200, False),
+    ]
+    client.send(b"".join(kinds[number % len(kinds)][0] for number in range(100)))
+    for number in range(100):
+        _, status, head_only = kinds[number % len(kinds)]
+        answer = await client.answer(head_only=head_only)
+        while answer.status == 100:
+            answer = await client.answer()
+        assert answer.status == status, number
+
+
+async def test_a_pipelined_expectation_is_met_in_its_turn(router: Harness) -> None:
+    """The 100 must neither stand inside the answer before it nor be left out."""
+    await _ready(router)
+    go = asyncio.Event()
+
+    async def slow(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        await go.wait()
+        await answer_json(engine, request, writer)
+
+    router.engines[0].handler = slow
+    client = await router.client()
+    client.send(post() + HOST + b"expect: 100-continue\r\ncontent-length: 13\r\n\r\n")
+    await until(lambda: router.engines[0].requests)
+    go.set()
+    assert (await client.answer()).status == 200
+    assert (await client.head())[0] == 100
+    client.send(BODY)
+    assert (await client.answer()).status == 200
+
+
+async def test_compressed_bodies_are_refused_by_name(router: Harness) -> None:
+    await _ready(router)
+    body = gzip.compress(BODY)
+    answer = await router.ask(post(body=body, headers={"content-encoding": "gzip"}))
+    assert answer.status == 415
+    assert "gzip" in answer.error["message"]
+    assert (await router.ask(post(headers={"content-encoding": "identity"}))).status == 200
+
+
+async def test_a_client_that_only_stops_sending_is_taken_for_gone(router: Harness) -> None:
+    engine = await router.engine("r1", hang)
+    await router.table(model(a=[engine]))
+    client = await router.client()
+    client.send(post())
+    await until(lambda: engine.requests)
+    client.writer.write_eof()
+    await asyncio.wait_for(engine.closed.wait(), 5)
+
+
+async def test_a_slow_next_request_never_interrupts_the_answer_before_it() -> None:
+    async with harness(header_timeout=0.1, body_timeout=0.1) as router:
+        await _ready(router)
+        go = asyncio.Event()
+
+        async def slow(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+            await go.wait()
+            await answer_json(engine, request, writer)
+
+        router.engines[0].handler = slow
+        for start in (HOST + b"content-length: 13\r\n\r\n{", HOST + b"x-a: "):
+            go.clear()
+            client = await router.client()
+            client.send(post() + start)
+            await until(lambda: router.worker.active)
+            await asyncio.sleep(0.25)
+            go.set()
+            assert (await client.answer()).status == 200
+            assert (await client.answer()).status == 408
+
+
+async def test_a_next_request_is_bounded_while_one_runs(router: Harness) -> None:
+    engine = await router.engine("r1", hang)
+    await router.table(model(a=[engine]))
+    client = await router.client()
+    client.send(post() + HOST + b"x-a: ")
+    await until(lambda: engine.requests)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(3000):
+            client.send(b"b" * 1000)
+            await asyncio.sleep(0)
+    await until(lambda: all(one.request is None for one in router.worker.clients))

@@ -130,6 +130,14 @@ async def _until_status(router: Router, name: str, status: int) -> None:
         (["--routes", "/nonexistent.json"], "/nonexistent.json"),
         (["--routes", "x", "--workers", "many"], "--workers: 'many'"),
         (["--routes", "x", "--tls-key", "k"], "--tls-certificate"),
+        (["--routes", "x", "--tls-key", "/gone.key", "--tls-certificate", "/gone.crt"], "/gone.crt"),
+        (["--routes", "x", "--tls-key", __file__, "--tls-certificate", __file__], "not a usable certificate"),
+        (["--routes", "x", "--engine-ca", "/gone.pem"], "--engine-ca /gone.pem"),
+        (["--routes", "x", "--health-path", "health"], "--health-path"),
+        (["--routes", "x", "--health-path", "/h é"], "--health-path"),
+        (["--routes", "x", "--max-attempts", "0"], "--max-attempts"),
+        (["--routes", "x", "--connect-timeout", "nan"], "--connect-timeout"),
+        (["--routes", "x", "--drain-timeout", "-1"], "--drain-timeout"),
     ],
 )
 async def test_bad_settings_are_named(arguments: list[str], message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.unit.router.harness import (
+    SSE_HEAD,
     Engine,
     Harness,
     Received,
@@ -195,6 +196,79 @@ async def test_waiting_streams_get_signs_of_life_when_they_ask(router: Harness) 
     answer = await late.answer()
     assert answer.complete
     assert b'"queue_timeout"' in answer.body
+
+
+async def test_signs_of_life_during_a_prefill_and_between_events(router: Harness) -> None:
+    go, on = asyncio.Event(), asyncio.Event()
+
+    async def slow(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        await go.wait()
+        writer.write(SSE_HEAD + chunk(event({"n": 1})))
+        await on.wait()
+        writer.write(chunk(event("[DONE]")) + b"0\r\n\r\n")
+
+    await router.table(model(a=[await router.engine("r1", slow)]))
+    client, silent = await router.client(), await router.client()
+    client.send(post(stream=True, headers={"x-modelfleet-keepalive": "0.05"}))
+    silent.send(post(stream=True))
+    sign = chunk(b": waiting\n\n")
+    assert (await client.head())[0] == 200
+    assert await client.reader.readexactly(2 * len(sign)) == sign * 2
+    go.set()
+    assert (await client.reader.readuntil(chunk(event({"n": 1})))).replace(sign, b"") == chunk(
+        event({"n": 1})
+    )
+    assert await client.reader.readexactly(2 * len(sign)) == sign * 2
+    on.set()
+    body, complete = await client.chunks()
+    assert complete
+    assert body.replace(b": waiting\n\n", b"") == event("[DONE]")
+    assert b"waiting" not in (await silent.answer()).body
+    client.send(post())
+    await until(lambda: not router.worker.dispatcher.waiting.kept_alive)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            b"content-length: 52\r\n\r\n" + b'{"error": {"message": "too\\n long", "type": "x"}}   ',
+            b'"too\\n long"',
+        ),
+        (b"transfer-encoding: chunked\r\n\r\n5\r\nwhat?\r\n0\r\n\r\n", b"answered 400: what?"),
+        (b"content-length: 0\r\n\r\n", b"answered 400"),
+        (b"connection: close\r\n\r\nclosed", b"answered 400: closed"),
+    ],
+)
+async def test_an_engines_refusal_reaches_a_stream_that_was_opened_before_it(
+    router: Harness, answer: bytes, said: bytes
+) -> None:
+    go = asyncio.Event()
+
+    async def refuses(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        await go.wait()
+        writer.write(b"HTTP/1.1 400 No\r\n" + answer)
+        if b"close" in answer:
+            await writer.drain()
+            writer.close()
+
+    await router.table(model(a=[await router.engine("r1", refuses)]))
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        go.clear()
+        client = await router.client()
+        client.send(post(path, stream=True, headers={"x-modelfleet-keepalive": "0.05"}))
+        assert (await client.head())[0] == 200
+        go.set()
+        body, complete = await client.chunks()
+        assert complete
+        events = [entry for entry in body.split(b"\n\n") if entry and not entry.startswith(b":")]
+        assert len(events) == 1
+        assert said in events[0]
+        assert events[0].startswith(b"event: error\ndata: " if "messages" in path else b"data: ")
+        json.loads(events[0].partition(b"data: ")[2])
+        client.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await client.answer()).status == 200
+    assert (await router.stats()).statuses == {400: 2}
 
 
 async def test_access_log_names_everything_but_the_key(tmp_path: Path) -> None:

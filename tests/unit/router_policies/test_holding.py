@@ -289,3 +289,14 @@ def test_priority_is_bounded_by_the_key(text: str | None, highest: int, expected
 def test_a_priority_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(PriorityError, match="low, normal, high"):
         parse_priority(text)
+
+
+def test_of_classes_with_equal_turns_the_higher_one_goes_first() -> None:
+    """Who came first decides within a class only."""
+    queue: HoldingQueue[str] = HoldingQueue(10, 1000)
+    for name, priority in (("low", -1), ("normal", 0), ("high", 1)):
+        queue.put(name, now=0.0, deadline=9.0, priority=priority)
+    taken = []
+    while (found := queue.take(lambda item: item, 0.0, set())) is not None:
+        taken.append(found[0])
+    assert taken == ["high", "normal", "low"]

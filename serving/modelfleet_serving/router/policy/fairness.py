@@ -25,8 +25,8 @@ class FairOrder(Generic[K]):
 
     def __init__(self) -> None:
         self._time = 0.0
-        self._heap: list[tuple[float, int, K]] = []
-        self._entries: dict[K, tuple[float, int, K]] = {}
+        self._heap: list[tuple[float, int, int, K]] = []
+        self._entries: dict[K, tuple[float, int, int, K]] = {}
         self._past: dict[K, float] = {}
         """Tags of flows that left ahead of the virtual time: they can't gain by leaving."""
         self._serial = count()
@@ -40,10 +40,10 @@ class FairOrder(Generic[K]):
     def __iter__(self) -> Iterator[K]:
         return iter(self._entries)
 
-    def add(self, key: K) -> None:
-        """A flow begins to wait."""
+    def add(self, key: K, rank: int = 0) -> None:
+        """A flow begins to wait. Of flows that have had as much, the one of lower rank goes first."""
         if key not in self._entries:
-            self._push(key, max(self._time, self._past.pop(key, 0.0)))
+            self._push(key, max(self._time, self._past.pop(key, 0.0)), rank)
 
     def drop(self, key: K) -> None:
         """Nothing of a flow waits any more."""
@@ -59,29 +59,29 @@ class FairOrder(Generic[K]):
 
     def serve(self, key: K, cost: float) -> None:
         """A flow got its turn; ``cost`` is over its weight already."""
-        start = self._entries[key][0]
+        start, rank, _, _ = self._entries[key]
         self._time = max(self._time, start)
-        self._push(key, start + cost)
+        self._push(key, start + cost, rank)
         if len(self._past) > 64 + 2 * len(self._entries):
             self._past = {flow: tag for flow, tag in self._past.items() if tag > self._time}
 
     def first(self, able: Callable[[K], bool]) -> K | None:
         """The flow whose turn it is among those that are ``able`` to take one now."""
         heap = self._heap
-        while heap and self._entries.get(heap[0][2]) is not heap[0]:
+        while heap and self._entries.get(heap[0][3]) is not heap[0]:
             heapq.heappop(heap)
         if not heap:
             return None
-        if able(heap[0][2]):
-            return heap[0][2]
+        if able(heap[0][3]):
+            return heap[0][3]
         return min(
-            (entry for entry in self._entries.values() if able(entry[2])),
-            key=lambda entry: entry[:2],
-            default=(0.0, 0, None),
-        )[2]
+            (entry for entry in self._entries.values() if able(entry[3])),
+            key=lambda entry: entry[:3],
+            default=(0.0, 0, 0, None),
+        )[3]
 
-    def _push(self, key: K, start: float) -> None:
-        entry = self._entries[key] = (start, next(self._serial), key)
+    def _push(self, key: K, start: float, rank: int) -> None:
+        entry = self._entries[key] = (start, rank, next(self._serial), key)
         heapq.heappush(self._heap, entry)
         if len(self._heap) > 64 + 2 * len(self._entries):
             self._heap = list(self._entries.values())

@@ -74,6 +74,7 @@ class Delivered:
         tokens: generated tokens, as far as they can be told: exact with continuous usage or token ids, else
             the number of chunks with text. Engines send a chunk a token, but put several into one when they
             decode speculatively, batch chunks (``--stream-interval``), or hold back part of a character.
+        finished: choices that have ended.
         prompt_tokens: where the stream has told them.
         opaque: what can't be continued, for a reason: tool call, reasoning, logprobs...
     """
@@ -84,6 +85,7 @@ class Delivered:
         self.tokens = 0
         self.prompt_tokens: int | None = None
         self.finish_reason: str | None = None
+        self.finished: set[int] = set()
         self.opaque: str | None = None
         self.done = False
         self.size = 0
@@ -137,6 +139,7 @@ class Delivered:
             self.opaque = "logprobs"
         if choice.finish_reason is not None:
             self.finish_reason = choice.finish_reason
+            self.finished.add(choice.index)
         if text:
             if choice.index:
                 self.opaque = "choices"

@@ -1,0 +1,203 @@
+"""One pool's steps against a Ray and a registry in memory: what a PUT says of engines that run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+from tests.unit.operator.test_pure import deployment, pool
+
+from modelfleet_operator import controller as controller_module
+from modelfleet_operator.api import ModelDeployment
+from modelfleet_operator.clients.ray_serve import RayServeClient
+from modelfleet_operator.clients.registry import RegistryClient
+from modelfleet_operator.controller import PoolController
+from modelfleet_operator.facts import FactsCache, Known
+from modelfleet_operator.planner import ModelUnavailable
+from modelfleet_operator.reconcile.applications import ApplicationState
+from modelfleet_operator.reconcile.core import reconcile
+from modelfleet_operator.reports import Report
+from modelfleet_serving.contract import RegistryState, RouteSpec
+
+MANY = 60
+"""More ModelDeployments than are planned without a thread."""
+
+
+class Ray(RayServeClient):
+    """Runs whatever it is told at once, and remembers every PUT."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        super().__init__(session, "http://ray.invalid", lambda: None)
+        self.running: dict[str, dict[str, Any]] = {}
+        self.puts: list[dict[str, dict[str, Any]]] = []
+
+    async def applications(self) -> dict[str, ApplicationState]:
+        await asyncio.sleep(0)
+        return {
+            name: ApplicationState(name, "RUNNING", config=config, running_replicas=1, total_replicas=1)
+            for name, config in self.running.items()
+        }
+
+    async def put(self, configs: Iterable[bytes]) -> None:
+        decoded = [msgspec.json.decode(config) for config in configs]
+        self.running = {config["name"]: config for config in decoded}
+        self.puts.append(dict(self.running))
+
+    def lengths(self, key: str = "m0") -> dict[str, int]:
+        """Context length of each application of a ModelDeployment."""
+        return {
+            name: config["args"]["engine"]["maxModelLen"]
+            for name, config in self.running.items()
+            if name.startswith(f"default.{key}.")
+        }
+
+
+class Registry(RegistryClient):
+    """Takes every route."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        super().__init__(session, "http://registry.invalid", lambda: None)
+        self.routes: list[RouteSpec] = []
+        self.completed = 0
+
+    async def complete_routes(self) -> None:
+        self.completed += 1
+
+    async def put_route(self, route: RouteSpec) -> None:
+        self.routes.append(route)
+
+
+class NoHub:
+    async def facts(self, source: str) -> Known:
+        return ModelUnavailable("NotFound", source, retryable=False)
+
+
+class World:
+    """A controller and what it works on."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self.ray, self.registry = Ray(session), Registry(session)
+        groups = {"type": "A10", "gpusPerNode": 8, "maxNodes": 100}
+        self.controller = PoolController(
+            pool=pool(groups),
+            ray=self.ray,
+            registry=self.registry,
+            registry_address="http://registry.invalid",
+            facts=FactsCache(NoHub()),
+            report=self._report,
+        )
+        self.reports: list[Report] = []
+
+    async def _report(self, reports: list[Report]) -> None:
+        self.reports += reports
+
+    def want(self, name: str, length: int = 4096) -> None:
+        engine = {"type": "Simulator", "maxModelLen": length}
+        self.controller.put(deployment(name, engine=engine))
+
+
+async def test_a_change_while_a_large_plan_is_made_is_not_mixed_with_it() -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        for number in range(MANY):
+            world.want(f"m{number}")
+        step = asyncio.create_task(world.controller.step())
+        while not world.controller.looked:  # noqa: ASYNC110  one turn of the loop at a time
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the plan is under way in its thread
+        world.want("m0", length=8192)
+        await step
+        await world.controller.step()
+        assert max(world.ray.lengths().values()) == 8192
+        seen: dict[str, int] = {}
+        for put in world.ray.puts:
+            for name, config in put.items():
+                length = config["args"]["engine"]["maxModelLen"]
+                assert seen.setdefault(name, length) == length, "one revision, two engines"
+
+
+async def test_a_put_leaves_what_runs_as_ray_last_reported_it() -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        world.want("m0")
+        await world.controller.step()
+        (name,) = world.ray.running
+        # The same revision with other arguments, as a release before this one, or after it, starts it.
+        other = msgspec.json.decode(msgspec.json.encode(world.ray.running[name]))
+        other["args"]["engine"]["maxNumSeqs"] = 7
+        world.ray.running[name] = other
+        for number in range(1, 4):
+            world.want(f"m{number}")
+            await world.controller.step()
+            assert world.ray.puts[-1][name] == other
+        assert len(world.ray.running) == 4
+
+
+async def test_routes_are_written_although_ray_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        world.want("m0")
+        await world.controller.step()
+        world.controller.routes.see({})
+        await world.controller.step()
+
+        async def away() -> dict[str, ApplicationState]:
+            raise aiohttp.ClientConnectionError
+
+        monkeypatch.setattr(world.ray, "applications", away)
+        world.registry.routes.clear()
+        variants = [{"name": "b", "accelerators": [{"type": "A10"}]}]
+        world.controller.put(deployment("m0", variants=variants))
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await world.controller.step()
+        assert [v.name for v in world.registry.routes[-1].variants] == ["b"]
+
+
+async def test_a_registry_without_routes_is_told_that_there_are_none() -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        world.controller._see_registry(RegistryState(epoch="e", version=1, warming=True))
+        world.controller.hold("default/unclear")
+        await world.controller.step()
+        assert world.registry.completed == 0, "what can't be understood may have had a route"
+        world.controller.remove("default/unclear")
+        await world.controller.step()
+        assert world.registry.completed == 1
+        world.want("m0")
+        await world.controller.step()
+        world.controller._see_registry(RegistryState(epoch="e", version=2, warming=False))
+        world.controller.remove("default/m0")
+        await world.controller.step()
+        assert world.registry.completed == 1, "a registry that has settled needs no word"
+
+
+async def test_a_fault_met_with_one_is_told_there_and_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        decide = reconcile
+
+        def odd(wanted: ModelDeployment, *args: Any) -> Any:
+            if wanted.key == "default/m1":
+                raise ZeroDivisionError("odd")
+            return decide(wanted, *args)
+
+        monkeypatch.setattr(controller_module, "reconcile", odd)
+        for number in range(3):
+            world.want(f"m{number}")
+        await world.controller.step()
+        assert {name.split(".")[1] for name in world.ray.running} == {"m0", "m2"}
+        told = {r.deployment.key: {f.type: f for f in r.findings} for r in world.reports}
+        ready = told["default/m1"]["Ready"]
+        assert (ready.status, ready.reason) == ("Unknown", "InternalError")
+        assert "ZeroDivisionError: odd" in ready.message
+        assert "default/m1 can't be decided" in caplog.text
+        monkeypatch.setattr(controller_module, "reconcile", decide)
+        world.want("m1")
+        await world.controller.step()
+        assert {name.split(".")[1] for name in world.ray.running} == {"m0", "m1", "m2"}
