@@ -78,10 +78,11 @@ class AccessLog:
             self._dropped = 0
 
     def _write(self, lines: list[LogEntry]) -> None:
-        data = memoryview(self._encoder.encode_lines(lines))
+        data = self._encoder.encode_lines(lines)
+        written = 0
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
         except OSError as error:
             _log.error("the access log: %s; %d lines lost", error, len(lines))
 
