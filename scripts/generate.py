@@ -1,16 +1,18 @@
-"""Writes every generated file: CRDs and what the chart takes over. ``--check`` only tells which are stale.
+"""Writes every generated file: of the CRDs, the chart, and the catalogue. ``--check`` tells which are stale.
 
 Manifests for an installation without Helm are rendered from the chart: ``make generate-install``.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from chart_values import chart_files
 
 from modelfleet_operator.api.crd import render
+from modelfleet_serving.engines import sglang, vllm
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +24,15 @@ def generated_files() -> dict[Path, str]:
     return {
         **{manifests / "crds" / name: text for name, text in crds.items()},
         **chart_files(ROOT / "charts" / "modelfleet", manifests, crds),
+        ROOT / "operator" / "modelfleet_operator" / "catalog" / "reserved.json": reserved(),
     }
+
+
+def reserved() -> str:
+    """Options and variables of each engine that something else sets: the planner must not import engines."""
+    engines = {"vLLM": vllm, "SGLang": sglang}
+    tables = {name: {"args": e.RESERVED, "env": e.OWNED_ENV} for name, e in engines.items()}
+    return json.dumps(tables, indent=1, sort_keys=True) + "\n"
 
 
 def main() -> int:

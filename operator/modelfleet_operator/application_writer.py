@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from modelfleet_operator.clients.ray_serve import RayServeClient
+from modelfleet_operator.leadership import Leadership
 from modelfleet_operator.metrics import APPLICATION_WRITES
 from modelfleet_operator.reconcile.fleet_config import Difference, FleetConfig
 from modelfleet_operator.reconcile.observed import PoolSight
@@ -23,14 +24,14 @@ class ApplicationWriter:
         ray: where they go.
         config: what shall run.
         sight: what runs, as it was last seen.
-        cut_off: whether another operator may be at work without our knowing.
+        leadership: whether another operator is, or may be, at work.
     """
 
     pool: str
     ray: RayServeClient
     config: FleetConfig
     sight: PoolSight
-    cut_off: Callable[[], bool]
+    leadership: Leadership
     _written: set[str] = field(default_factory=set)
     """Applications that Ray was last known to run by our doing."""
 
@@ -61,8 +62,13 @@ class ApplicationWriter:
         return True
 
     def _others_at_work(self) -> bool:
-        """Whether another operator has written applications while the API server is out of our reach."""
-        if not self.cut_off():
+        """Whether another operator leads now, or has written applications while we can't know who leads.
+
+        Ray refuses no writer: what a registry told and what runs is all that shows it.
+        """
+        if self.leadership.superseded:
+            return True
+        if not self.leadership.cut_off:
             return False
         seen = {name for key in iter(self.sight.keys()) for name in self.sight.applications_of(key)}
         theirs = seen - self._written

@@ -21,6 +21,7 @@ from modelfleet_operator.clients.errors import ClientError, RefusedError, Unavai
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
 from modelfleet_operator.facts import FactsCache
+from modelfleet_operator.leadership import Leadership
 from modelfleet_operator.metrics import ERRORS, QUEUE, RECONCILES, STEP_SECONDS
 from modelfleet_operator.planner import PoolView
 from modelfleet_operator.planner.inputs import pool_view
@@ -63,7 +64,7 @@ class PoolController:
         report: called with the ModelDeployments whose state changed in a step.
         serve_registry: arguments of the registry's own application, or ``None`` where somebody else runs it.
         on_gone: called with each ModelDeployment that was removed, once nothing of it is left.
-        cut_off: whether another operator may be at work without our knowing.
+        leadership: whether another operator is, or may be, at work.
         on_change: called when what is known of Ray or the registry changed.
     """
 
@@ -76,7 +77,7 @@ class PoolController:
     serve_registry: Mapping[str, Any] | None = None
     on_gone: Callable[[str], None] = lambda _key: None
     on_change: Callable[[], None] = lambda: None
-    cut_off: Callable[[], bool] = lambda: False
+    leadership: Leadership = field(default_factory=Leadership)
     deployments: dict[str, ModelDeployment] = field(default_factory=dict)
     heartbeat: float = field(default_factory=time.monotonic)
     """Monotonic time of the loop's last turn: liveness."""
@@ -109,9 +110,9 @@ class PoolController:
     _pause: float = PROGRESS_SECONDS
 
     def __post_init__(self) -> None:
-        self.routes = RouteWriter(self.registry)
+        self.routes = RouteWriter(self.registry, self.leadership)
         self._applications = ApplicationWriter(
-            self.pool.key, self.ray, self._config, self.sight, self.cut_off
+            self.pool.key, self.ray, self._config, self.sight, self.leadership
         )
         self._reporter = Reporter(self.report)
         self._planner.set_view(pool_view(self.pool), declared=True)
@@ -215,11 +216,11 @@ class PoolController:
     async def _watch_registry(self) -> None:
         while True:
             seen = self.registry_state
+            # A poll speaks for the term that we have when it begins, and we may be given a later one.
+            wait = RETRY_SECONDS if self.leadership.superseded else REGISTRY_WAIT_SECONDS
             try:
                 state = await self.registry.state(
-                    seen.epoch if seen else "",
-                    seen.version if seen else -1,
-                    REGISTRY_WAIT_SECONDS if seen else 0,
+                    seen.epoch if seen else "", seen.version if seen else -1, wait if seen else 0
                 )
             except ClientError as error:
                 if seen is not None:
@@ -236,6 +237,7 @@ class PoolController:
         self.registry_state = state
         if state is not None:
             self.registry_lost = None
+            self.leadership.heard_of(state.term)
         elif self.registry_lost is None:
             self.registry_lost = time.monotonic()
         was_blind = self.sight.blind

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.exceptions import ApiException
-from kubernetes.aio.client.models import V1Lease, V1ObjectMeta
+from kubernetes.aio.client.models import V1Lease, V1LeaseSpec, V1ObjectMeta
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
@@ -18,6 +19,7 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
 from modelfleet_operator.clients.errors import ClientError
 from modelfleet_operator.clients.kube import LEASE, KubeClient
+from modelfleet_operator.leadership import Leadership
 from modelfleet_operator.metrics import ERRORS, LEADER
 from modelfleet_operator.settings import Settings
 
@@ -35,22 +37,25 @@ class _Lock(LeaseLock):  # type: ignore[misc]  # published without types
 
     Nobody can take the Lease over while the API server is away, and when it is back the first look tells who
     has it. A leader that alone is cut off notices as soon as it is heard again; until then it must take what
-    it did not write itself for another's work (``cut_off``).
+    it did not write itself for another's work, and registries that have heard of a later term refuse what it
+    says.
     """
 
     def __init__(self, name: str, namespace: str, identity: str, api: ApiClient) -> None:
         super().__init__(name, namespace, identity, api)
         self.holder = ""
-        self.cut_off = False
+        self.leadership = Leadership(term=0)
 
     async def get(self, name: str, namespace: str) -> Any:
         try:
             found = await asyncio.wait_for(super().get(name, namespace), _CALL_SECONDS)
         except (aiohttp.ClientError, TimeoutError) as error:
             return self._away(str(error) or "no answer")
-        if isinstance(found[1], ApiException) and (found[1].status == 429 or (found[1].status or 0) >= 500):
+        if isinstance(found[1], ApiException) and found[1].status != HTTPStatus.NOT_FOUND:
+            # Also 403: an API server that starts knows no roles for a moment. Who can't read the Lease does
+            # not know who leads.
             return self._away(str(found[1].reason))
-        self.cut_off = False
+        self.leadership.cut_off = False
         record = found[1]
         if isinstance(record, LeaderElectionRecord):
             self.holder = record.holder_identity or ""
@@ -58,7 +63,7 @@ class _Lock(LeaseLock):  # type: ignore[misc]  # published without types
 
     def _away(self, why: str) -> tuple[bool, ApiException]:
         ERRORS.labels(reason="LeaseUnreachable").inc()
-        self.cut_off = True
+        self.leadership.cut_off = True
         return False, ApiException(status=0, reason=why)
 
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
@@ -72,10 +77,24 @@ class _Lock(LeaseLock):  # type: ignore[misc]  # published without types
         except ApiException as error:
             log.info("lease not created: %s %s", error.status, error.reason)
             return False
+        self.leadership.term = lease.spec.lease_transitions
         return True
 
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
-        return await self._try(super().update(name, namespace, updated_record))
+        updated = await self._try(super().update(name, namespace, updated_record))
+        if updated:
+            self.leadership.term = self.lease_reference.spec.lease_transitions
+        return updated
+
+    def update_lease(
+        self, leader_election_record: LeaderElectionRecord, current_spec: V1LeaseSpec | None = None
+    ) -> V1LeaseSpec:
+        # The library counts no transitions, and writes over the holder that tells whether this is one.
+        renewed = current_spec is not None and current_spec.holder_identity == self.identity
+        before = (current_spec.lease_transitions or 0) if current_spec is not None else 0
+        spec = super().update_lease(leader_election_record, current_spec)
+        spec.lease_transitions = self.leadership.next_term(before, renewed=renewed)
+        return spec
 
     async def _try(self, call: Awaitable[bool]) -> bool:
         try:
@@ -94,20 +113,19 @@ class _Election(LeaderElection):  # type: ignore[misc]
     async def renew_loop(self) -> None:
         while True:
             await asyncio.sleep(self.election_config.retry_period)
-            renewed = await self.try_acquire_or_renew()
-            if not renewed and not self._lock.cut_off and self._lock.holder not in ("", self._lock.identity):
+            if await self.try_acquire_or_renew() or self._lock.leadership.cut_off:
+                continue
+            if self._lock.holder not in ("", self._lock.identity):
                 return
 
 
-async def lead(
-    api: ApiClient, settings: Settings, work: Callable[[Callable[[], bool]], Awaitable[None]]
-) -> None:
+async def lead(api: ApiClient, settings: Settings, work: Callable[[Leadership], Awaitable[None]]) -> None:
     """Wait for the Lease, work while it is ours, and give it back at the end.
 
     Args:
         api: the API server.
         settings: of the operator.
-        work: the work; it gets a function that tells whether the API server is out of reach.
+        work: the work; it is told what is known of this process's leadership.
 
     Raises:
         LeadershipLostError: another process took over: this one must end.
@@ -119,7 +137,7 @@ async def lead(
         LEADER.set(1)
         log.info("%s leads", settings.identity)
         try:
-            await work(lambda: lock.cut_off)
+            await work(lock.leadership)
         except asyncio.CancelledError:
             done.cancel()
             raise

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import aiohttp
@@ -22,6 +21,7 @@ from modelfleet_operator.facts import FactsCache, FactsSource, Known
 from modelfleet_operator.fleet import Fleet
 from modelfleet_operator.handlers import handlers, kopf_settings
 from modelfleet_operator.health import Health, serve
+from modelfleet_operator.leadership import Leadership
 from modelfleet_operator.logs import set_up_logging
 from modelfleet_operator.metrics import LEADER
 from modelfleet_operator.pools import Tools
@@ -70,10 +70,10 @@ class Operator:
             api = await stack.enter_async_context(await connect())
             if not self._settings.leader_election:
                 LEADER.set(1)
-                await self._work(api, lambda: False)
+                await self._work(api, Leadership())
                 return
             election = asyncio.create_task(
-                lead(api, self._settings, lambda cut_off: self._work(api, cut_off)), name="lead"
+                lead(api, self._settings, lambda leadership: self._work(api, leadership)), name="lead"
             )
             stop = asyncio.create_task(self._stop.wait(), name="stop")
             await asyncio.wait({election, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -84,7 +84,7 @@ class Operator:
             election.cancel()
             await asyncio.gather(election, return_exceptions=True)
 
-    async def _work(self, api: ApiClient, cut_off: Callable[[], bool]) -> None:
+    async def _work(self, api: ApiClient, leadership: Leadership) -> None:
         kube = KubeClient(api)
         async with AsyncExitStack() as stack:
             connector = aiohttp.TCPConnector(limit=CONNECTIONS)
@@ -93,7 +93,7 @@ class Operator:
             stack.push_async_callback(facts.close)
             events = EventWriter(kube, self._settings.identity)
             writer = ObjectWriter(kube, events)
-            fleet = Fleet(Tools(kube, session, facts, writer, self._settings, cut_off))
+            fleet = Fleet(Tools(kube, session, facts, writer, self._settings, leadership))
             stack.push_async_callback(fleet.close)
             self._health.fleet = fleet
             await self._first_list(fleet)

@@ -28,6 +28,7 @@ from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
 from modelfleet_operator.controller import PoolController
 from modelfleet_operator.facts import FactsCache
+from modelfleet_operator.leadership import Leadership
 from modelfleet_operator.metrics import ACCELERATORS, ERRORS
 from modelfleet_operator.pending import PendingTracker
 from modelfleet_operator.pool_access import dashboard_of, registry_beside, token_of
@@ -74,8 +75,7 @@ class Tools:
     facts: FactsCache
     writer: ObjectWriter
     settings: Settings
-    cut_off: Callable[[], bool] = lambda: False
-    """Whether the API server is out of reach: somebody else may be at work."""
+    leadership: Leadership = field(default_factory=Leadership)
 
 
 @dataclass
@@ -118,7 +118,7 @@ class PoolRunner:
         self.controller = PoolController(
             pool=self.pool,
             ray=RayServeClient(session, self.address, token),
-            registry=RegistryClient(session, self.registry, token),
+            registry=RegistryClient(session, self.registry, token, lambda: self.tools.leadership.term),
             registry_address=self.registry,
             facts=self.tools.facts,
             report=self._reported,
@@ -127,7 +127,7 @@ class PoolRunner:
             else None,
             on_gone=self.on_gone,
             on_change=self._changed.set,
-            cut_off=self.tools.cut_off,
+            leadership=self.tools.leadership,
         )
         self._needs_token = managed or ray.auth_token is not None
         self._began = time.monotonic()

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from modelfleet_operator.clients.errors import RefusedError
-from modelfleet_operator.clients.registry import RegistryClient
+from modelfleet_operator.clients.registry import RegistryClient, SupersededError
+from modelfleet_operator.leadership import Leadership
 from modelfleet_operator.metrics import ERRORS, ROUTE_WRITES
 from modelfleet_serving.contract import RouteSpec
 
@@ -24,11 +25,13 @@ class RouteWriter:
 
     Attributes:
         registry: where they go.
+        leadership: of this process; a leader that was replaced writes nothing.
         refused: by ModelDeployment, why the registry did not take its route.
         held: ModelDeployments whose routes are left as they are.
     """
 
     registry: RegistryClient
+    leadership: Leadership = field(default_factory=Leadership)
     refused: dict[str, str] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     _wanted: dict[str, tuple[RouteSpec, str]] = field(default_factory=dict)
@@ -72,11 +75,14 @@ class RouteWriter:
         Raises:
             UnavailableError: the registry does not answer.
         """
-        if self._known is None:
+        if self._known is None or self.leadership.superseded:
             return
-        # First those that give a name back, then those that may want it.
-        await self._each(self._surplus(), self._delete)
-        await self._each(self._differing(), self._put)
+        try:
+            # First those that give a name back, then those that may want it.
+            await self._each(self._surplus(), self._delete)
+            await self._each(self._differing(), self._put)
+        except SupersededError as error:  # its next state says by whom
+            log.info("routes: %s", error)
 
     async def complete(self) -> None:
         """Say that there are no routes, or a registry that has just started tells routers nothing.
@@ -105,6 +111,8 @@ class RouteWriter:
         route, digest = self._wanted[key]
         try:
             await self.registry.put_route(route)
+        except SupersededError:
+            raise
         except RefusedError as error:
             if key not in self.refused:
                 log.warning("route of %s: %s", key, error)

@@ -190,13 +190,13 @@ class ObjectWriter:
         try:
             await self._write(address, target, last=last)
         except UnavailableError as error:
-            self._retry(address, target, error)
+            self._retry(address, target, error, "ApiServer")
         except NotFoundError:
             pass  # deleted meanwhile; its event comes
         except ForbiddenError as error:
-            # A namespace that is being deleted takes nothing new.
-            ERRORS.labels(reason="ApiForbidden").inc()
-            log.warning("%s", error)
+            # An API server that starts knows no roles for a moment. A namespace that is being deleted takes
+            # nothing new either, until the object's own end is seen.
+            self._retry(address, target, error, "ApiForbidden")
         except ClientError as error:
             ERRORS.labels(reason="ApiRefused").inc()
             log.error("%s", error)  # noqa: TRY400  the message says it all
@@ -206,8 +206,8 @@ class ObjectWriter:
         else:
             target.failures = 0
 
-    def _retry(self, address: Address, target: _Target, error: UnavailableError) -> None:
-        ERRORS.labels(reason="ApiServer").inc()
+    def _retry(self, address: Address, target: _Target, error: ClientError, reason: str) -> None:
+        ERRORS.labels(reason=reason).inc()
         pause = min(FIRST_RETRY_SECONDS * 2**target.failures, LAST_RETRY_SECONDS)
         target.failures += 1
         log.info("%s; again in %.1f s", error, pause)

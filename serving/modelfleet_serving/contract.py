@@ -48,9 +48,9 @@ HEADER_KEEP_ALIVE: Final = "x-modelfleet-keepalive"
 """Seconds of silence after which a streaming client wants a comment, as a decimal number."""
 HEADER_REQUEST_ID: Final = "x-request-id"
 HEADER_TERM: Final = "x-modelfleet-term"
-"""Which leadership an operator speaks for; grows with each leader. The registry refuses routes of a term below
-the highest that it has heard of: a leader that is cut off does not know that another has taken over. Operators
-without leader election send none."""
+"""Which leadership an operator speaks for; grows with each leader. The registry refuses routes of a term
+below the highest that it has heard of: a leader that is cut off does not know that another has taken over.
+Operators without leader election send none."""
 
 
 class Wire(msgspec.Struct, rename="camel", kw_only=True, frozen=True, omit_defaults=True):
@@ -171,7 +171,6 @@ class ApplicationArgs(Wire, kw_only=True, frozen=True):
     task: Task = Task.GENERATE
     accelerator: str = "CPU"
     resources: ReplicaResources = ReplicaResources()
-    adapters: list[Adapter] = []
     start_timeout_seconds: float = 1800.0
     """Longest time from an engine's start to its readiness."""
     drain_timeout_seconds: float = 600.0
@@ -181,6 +180,13 @@ class ApplicationArgs(Wire, kw_only=True, frozen=True):
     def application(self) -> str:
         """Name of the Ray Serve application."""
         return application_name(self.namespace, self.deployment, self.variant, self.revision)
+
+
+class ReplicaConfig(Wire, kw_only=True, frozen=True):
+    """The ``user_config`` of an application's deployment: what changes in replicas that go on running."""
+
+    adapters: list[Adapter] = []
+    """The engine takes adapters where ``engine.lora`` is set."""
 
 
 def application_name(namespace: str, deployment: str, variant: str, revision: str) -> str:
@@ -243,6 +249,9 @@ class Heartbeat(Wire, kw_only=True, frozen=True):
     sequence: int
     """Grows with each heartbeat of a replica: a late one never overwrites a newer one."""
     adapters: list[str] = []
+    """LoRA adapters that are loaded."""
+    adapter_problems: dict[str, str] = {}
+    """Why adapters are not loaded that shall be, by name."""
     capacity: int | None = None
     """Requests that the engine runs at once."""
     load: EngineLoad = EngineLoad()

@@ -11,11 +11,12 @@ import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import ray
 
-from modelfleet_serving.contract import ApplicationArgs
+from modelfleet_serving.contract import ApplicationArgs, ReplicaConfig
 from modelfleet_serving.serve_ports import confine
 from modelfleet_serving.supervisor.supervisor import Supervisor
 
@@ -40,6 +41,19 @@ class Replica:
         )
         self._running = asyncio.create_task(self._supervisor.run(), name="supervisor")
         self._stopping = False
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """Called by Serve with the deployment's ``user_config``, at the start and whenever it changes.
+
+        Nothing is waited for: a replica that takes long here counts as broken.
+
+        Raises:
+            ValueError: it is no :class:`ReplicaConfig`.
+        """
+        try:
+            self._supervisor.configure(msgspec.convert(config, ReplicaConfig))
+        except msgspec.ValidationError as error:
+            raise ValueError(f"configuration of the replica: {error}") from error
 
     async def check_health(self) -> None:
         """Called by Serve; a failure lets it start another replica, elsewhere if there is room.

@@ -1,8 +1,9 @@
 """The data path as machine code, where this machine can make it: the same modules, compiled by mypyc.
 
-``python -m modelfleet_serving.router_native`` compiles (about a minute, needs mypy and a C compiler) into
-``$MODELFLEET_CACHE/router/KEY``, or the user's cache directory. From then on :func:`use` finds it. The key is
-a hash of the sources and the interpreter: changed sources are run as they are until they are compiled again,
+``python -m modelfleet_serving.router_native`` compiles (about a minute, needs the extra ``native`` and a C
+compiler) into ``$MODELFLEET_CACHE/router/KEY``, or the user's cache directory; with ``--system`` into the
+environment of the interpreter, as the build of an image does. From then on :func:`use` finds it. The key is a
+hash of the sources and the interpreter: changed sources are run as they are until they are compiled again,
 never by an outdated library. ``MODELFLEET_ROUTER_NATIVE=0`` runs the sources in any case.
 """
 
@@ -62,7 +63,7 @@ _CONFIGURATION: Final = """
 python_version = "{version}"
 explicit_package_bases = true
 [[tool.mypy.overrides]]
-module = ["httptools.*", "ray.*"]
+module = ["httptools.*", "ray.*", "yaml.*"]
 ignore_missing_imports = true
 follow_imports = "skip"
 """
@@ -77,42 +78,57 @@ def _root() -> Path:
     return base / "router"
 
 
+def _system_root() -> Path:
+    return Path(sys.prefix) / "lib" / "modelfleet-router"
+
+
 @cache
-def _directory() -> Path:
-    """Where the library for these very sources and this interpreter is, or would be."""
+def _key() -> str:
     digest = hashlib.sha256(f"{sys.version} {sysconfig.get_platform()} {sys.flags.optimize}".encode())
     for module in MODULES:
         digest.update(module.encode() + b"\0" + (PACKAGE / f"{module}.py").read_bytes())
-    return _root() / digest.hexdigest()[:20]
+    return digest.hexdigest()[:20]
+
+
+@cache
+def _found() -> Path | None:
+    """Where the library for these very sources and this interpreter is."""
+    if os.environ.get("MODELFLEET_ROUTER_NATIVE") == "0":
+        return None
+    for root in (_system_root(), _root()):
+        try:
+            if (root / _key() / _DONE).exists():
+                return root / _key()
+        except OSError:
+            continue
+    return None
 
 
 def available() -> bool:
     """Whether compiled modules for these sources exist and are wanted."""
-    if os.environ.get("MODELFLEET_ROUTER_NATIVE") == "0":
-        return False
-    try:
-        return (_directory() / _DONE).exists()
-    except OSError:
-        return False
+    return _found() is not None
 
 
 def use(search: list[str], package: str) -> None:
     """Lets a package's ``__path__`` begin with its compiled modules, where there are any."""
-    if not available():
+    found = _found()
+    if found is None:
         return
-    directory = str(_directory())
-    if directory not in sys.path:
-        sys.path.append(directory)  # for the library that the modules share
-    search.insert(0, str(_directory().joinpath(*package.split("."))))
+    if str(found) not in sys.path:
+        sys.path.append(str(found))  # for the library that the modules share
+    search.insert(0, str(found.joinpath(*package.split("."))))
 
 
-def build() -> Path:
+def build(*, system: bool = False) -> Path:
     """Compiles the modules unless that was done; returns the directory.
+
+    Args:
+        system: For all users of this interpreter's environment.
 
     Raises:
         RuntimeError: with the compiler's words.
     """
-    target = _directory()
+    target = (_system_root() if system else _root()) / _key()
     if (target / _DONE).exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +167,7 @@ def main() -> int:
     """Entry point of the compilation."""
     print("compiling the router's data path, about a minute", flush=True)
     try:
-        print(build())
+        print(build(system="--system" in sys.argv[1:]))
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         print(f"the data path stays interpreted: {error}", file=sys.stderr)
         return 1

@@ -77,6 +77,18 @@ def test_no_step_hides_a_failure(dockerfile: Path) -> None:
         assert "|| true" not in line
 
 
+def test_the_router_is_compiled_in_the_build_stage_alone() -> None:
+    """The image has the compiled data path, and neither compiler nor mypyc."""
+    build, final = "\n".join(instructions(ROOT / "Dockerfile")).split("\nFROM ")
+    compiled = build.index("-m modelfleet_serving.router_native --system")
+    assert build.index("--no-deps .") < compiled, "what is compiled must be what is installed"
+    assert "gcc" in build
+    assert "--target /opt/native --requirement requirements/native.txt" in build
+    assert "gcc" not in final
+    assert "/opt/native" not in final
+    assert "COPY --from=build /opt/modelfleet /opt/modelfleet" in final
+
+
 @pytest.mark.parametrize("engine", ["vLLM", "SGLang"])
 def test_engine_images_hold_the_default_version(engine: str) -> None:
     text = (ROOT / "docker" / f"{engine.lower()}.Dockerfile").read_text()
@@ -86,6 +98,8 @@ def test_engine_images_hold_the_default_version(engine: str) -> None:
 IMPORTS = {
     "operator": ["modelfleet_operator.main", "modelfleet_operator.cli", "modelfleet_operator.crds_command"],
     "router": ["modelfleet_serving.router.__main__"],
+    "tracing": ["opentelemetry.exporter.otlp.proto.http.trace_exporter"],
+    "native": ["mypyc.build", "setuptools"],
     "models": ["modelfleet_operator.clients.model_hub"],
 }
 

@@ -24,6 +24,7 @@ from modelfleet_serving.contract import (
     REPLICA_IMPORT_PATH,
     Heartbeat,
     RegistryState,
+    ReplicaConfig,
     RouteSpec,
     TableUpdate,
     VariantRouteSpec,
@@ -86,7 +87,9 @@ class Cluster:
         status, content = await self.call("PUT", url, body)
         assert status == 200, content
 
-    def set(self, deployment: str, replicas: int = 1, **args: Any) -> str:
+    def set(
+        self, deployment: str, replicas: int = 1, config: ReplicaConfig | None = None, **args: Any
+    ) -> str:
         """Describe an application; :meth:`apply` carries it out."""
         name = f"default.{deployment}.a.r1"
         defaults: dict[str, Any] = {
@@ -106,7 +109,13 @@ class Cluster:
             "route_prefix": None,
             "import_path": REPLICA_IMPORT_PATH,
             "args": defaults | args,
-            "deployments": [{"name": REPLICA_DEPLOYMENT, "num_replicas": replicas}],
+            "deployments": [
+                {
+                    "name": REPLICA_DEPLOYMENT,
+                    "num_replicas": replicas,
+                    "user_config": msgspec.to_builtins(config or ReplicaConfig()),
+                }
+            ],
         }
         return name
 

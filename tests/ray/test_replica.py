@@ -13,7 +13,7 @@ import psutil
 import pytest
 from tests.ray.conftest import START_SECONDS, Cluster, Follower, until
 
-from modelfleet_serving.contract import Heartbeat
+from modelfleet_serving.contract import Adapter, Heartbeat, ReplicaConfig
 
 STREAM_TOKENS = 300
 
@@ -100,6 +100,47 @@ async def test_streams_end_whole_when_replicas_leave(
         assert text.count("data: {") >= STREAM_TOKENS
     (left,) = await cluster.ready("one", 1)
     assert follower.ready() == {left.id}
+
+
+async def test_adapters_come_and_go_while_the_engine_runs(cluster: Cluster, one: Heartbeat) -> None:
+    def adapter(name: str) -> Adapter:
+        cluster.folder.joinpath(name).mkdir(exist_ok=True)
+        return Adapter(name=name, source=f"file://{cluster.folder}/{name}")
+
+    async def configure(*adapters: Adapter) -> None:
+        cluster.set(
+            "lora", config=ReplicaConfig(adapters=list(adapters)), engine={"type": "Simulator", "lora": {}}
+        )
+        await cluster.apply()
+
+    async def has(*names: str) -> Heartbeat | None:
+        (beat,) = await cluster.replicas("lora")
+        return beat if beat.adapters == list(names) else None
+
+    async def answers(url: str, model: str) -> int:
+        body = {"model": model, "prompt": "x", "max_tokens": 1}
+        status, _ = await cluster.call("POST", url + "/v1/completions", body)
+        return status
+
+    await configure(adapter("first"))
+    (before,) = await cluster.ready("lora", 1)
+    assert before.adapters == ["first"], "it is ready with its adapters"
+    await configure(adapter("first"), adapter("second"))
+    now = await until(lambda: has("first", "second"), "the second is loaded", START_SECONDS)
+    assert (now.id, now.url, now.restarts) == (before.id, before.url, 0), "the same engine"
+    assert await answers(now.url, "second") == 200
+    await configure(adapter("second"))
+    await until(lambda: has("second"), "the first is unloaded", START_SECONDS)
+    assert await answers(now.url, "first") == 404
+    os.kill(engine_of(cluster, now).pid, signal.SIGKILL)
+
+    async def back() -> bool:
+        (beat,) = await cluster.replicas("lora")
+        return beat.restarts == 1 and beat.state == "Ready" and beat.adapters == ["second"]
+
+    await until(back, "an engine that was started again has them, too", START_SECONDS)
+    del cluster.applications[before.application]
+    await cluster.apply()
 
 
 async def test_a_killed_actor_takes_its_engine_with_it(cluster: Cluster, one: Heartbeat) -> None:

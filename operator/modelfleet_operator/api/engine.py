@@ -22,7 +22,7 @@ Switch = Literal["Enabled", "Disabled"]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=64)]
 
-MAX_LORAS_BY_DEFAULT: Final = 8
+LORAS_BY_DEFAULT: Final = 4
 LORA_RANK_BY_DEFAULT: Final = 16
 _DTYPES: Final = {"BFloat16": "bfloat16", "Float16": "float16", "Float32": "float32"}
 _KV_DTYPES: Final = {"Auto": None, "FP8": "fp8", "FP8E4M3": "fp8_e4m3", "FP8E5M2": "fp8_e5m2"}
@@ -42,7 +42,7 @@ class LoraSpec(ApiModel):
     """Room for LoRA adapters; set by itself when `spec.adapters` lists any."""
 
     max_loras: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Adapters in one batch. Default: the number of adapters, at most 8."""
+    """Adapters in one batch. Default: 4."""
     max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] | None = None
     """Highest rank of an adapter. Default: 16."""
     max_cpu_loras: PositiveInt | None = None
@@ -139,11 +139,12 @@ class EngineSpec(ApiModel):
             chosen["gpu_memory_percent"] = None
         return base.model_copy(update=chosen)
 
-    def settings(self, adapters: int = 0) -> EngineSettings:
+    def settings(self, *, adapters: bool = False) -> EngineSettings:
         """The settings on the wire, as the user wrote them: what was left open stays open for the plan.
 
         Args:
-            adapters: LoRA adapters that are served beside the model.
+            adapters: whether LoRA adapters are served beside the model. How many changes nothing: they come
+                and go while the engine runs.
         """
         chosen = {
             "version": self.version,
@@ -160,7 +161,7 @@ class EngineSpec(ApiModel):
             "kv_cache_dtype": _KV_DTYPES[self.kv_cache_dtype] if self.kv_cache_dtype else None,
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
-            "lora": self._lora_settings(adapters),
+            "lora": self._lora_settings(adapters=adapters),
             "tool_call_parser": self.tool_call_parser,
             "reasoning_parser": self.reasoning_parser,
             "multimodal_limits": self.multimodal.limits() if self.multimodal else None,
@@ -173,12 +174,12 @@ class EngineSpec(ApiModel):
             **{name: value for name, value in chosen.items() if value is not None},  # type: ignore[arg-type]
         )
 
-    def _lora_settings(self, adapters: int) -> LoraSettings | None:
+    def _lora_settings(self, *, adapters: bool) -> LoraSettings | None:
         if self.lora is None and not adapters:
             return None
         lora = self.lora or LoraSpec()
         return LoraSettings(
-            max_loras=lora.max_loras or max(1, min(adapters, MAX_LORAS_BY_DEFAULT)),
+            max_loras=lora.max_loras or LORAS_BY_DEFAULT,
             max_rank=lora.max_rank or LORA_RANK_BY_DEFAULT,
             max_cpu_loras=lora.max_cpu_loras,
         )

@@ -12,4 +12,13 @@ class UnavailableError(ClientError):
 
 
 class RefusedError(ClientError):
-    """The other side understood the call and says no: trying again without a change is no use."""
+    """The other side understood the call and says no: trying again without a change is no use.
+
+    Args:
+        message: see above.
+        status: of the HTTP answer.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status

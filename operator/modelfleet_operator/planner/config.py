@@ -24,6 +24,7 @@ from modelfleet_operator.planner.fields import (
     text_config,
     words,
 )
+from modelfleet_operator.planner.hybrid import LINEAR_NAMES, NONE_NAMES, layer_names, state_bytes
 from modelfleet_operator.planner.parameters import Shape, count_parameters, dense_intermediate
 from modelfleet_operator.planner.vision import parse_vision
 
@@ -31,6 +32,14 @@ DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "half": "float16", "floa
 ENCODER_ONLY = frozenset({"bert", "roberta", "xlm-roberta", "nomic_bert", "new", "modernbert", "distilbert"})
 """Model types that attend in both directions and keep nothing."""
 ENCODER_DECODER = frozenset({"whisper", "bart", "mbart", "t5"})
+TIED = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "whisper", "gpt2", "bloom", "bart", "mbart", "t5", "mamba"}
+)
+"""Model types that share embedding and head where the config says nothing."""
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_top_k")
+MOST_LAYERS = 10_000
+NESTED = ("attn_config", "ffn_config")
+"""Sections of DBRX and MPT with dimensions that others have beside the rest."""
 
 
 def facts_from_config(
@@ -49,9 +58,21 @@ def facts_from_config(
         revision: commit, where there is one.
 
     Raises:
-        BrokenConfigError: the config lacks something that the arithmetic needs.
+        BrokenConfigError: the config lacks something that the arithmetic needs, or is no such config at all.
     """
+    try:
+        return _facts(config, tensor_bytes or {}, source, revision)
+    except BrokenConfigError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # Anybody can write anything into a config.json: what no field's own check has caught ends here.
+        raise BrokenConfigError(f"config.json makes no sense ({type(error).__name__}: {error})") from error
+
+
+def _facts(config: Config, tensor_bytes: Mapping[str, int], source: str, revision: str) -> ModelFacts:
     text = text_config(config)
+    for name in NESTED:
+        text = {**(section(text, name) or {}), **text}
     model_type = str(text.get("model_type") or config.get("model_type") or "")
     architecture = _architecture(config, text)
     shape = _shape(text, config, model_type)
@@ -73,7 +94,9 @@ def facts_from_config(
         parameters=parameters,
         attention=_attention(text, shape, model_type),
         experts=shape.experts,
-        experts_per_token=integer(text, "num_experts_per_tok", "experts_per_token", "moe_topk", default=0)
+        experts_per_token=integer(
+            text, "num_experts_per_tok", "experts_per_token", "moe_topk", "moe_top_k", default=0
+        )
         if shape.experts
         else 0,
         expert_intermediate_size=shape.expert_intermediate if shape.experts else 0,
@@ -81,9 +104,21 @@ def facts_from_config(
         quantization=quantization,
         vision=vision.facts if vision else None,
         rope_values=_rope_values(text, shape),
-        tensor_bytes=MappingProxyType(dict(tensor_bytes or {})),
+        tensor_bytes=MappingProxyType(dict(tensor_bytes)),
         source=source,
         revision=revision,
+        approximate="" if tensor_bytes else _approximation(text, shape),
+    )
+
+
+def _approximation(text: Config, shape: Shape) -> str:
+    """What to know of a count of parameters that no file's header confirms."""
+    odd = {name for name in layer_names(text, shape.layers) if name in LINEAR_NAMES | NONE_NAMES}
+    if not odd:
+        return ""
+    return (
+        f"layers of {', '.join(sorted(odd))} are counted like attention: without safetensors headers the "
+        "weights are a rough estimate"
     )
 
 
@@ -111,25 +146,17 @@ def _dtype(config: Config, text: Config) -> str:
 
 
 def _shape(text: Config, config: Config, model_type: str) -> Shape:
-    hidden = positive(text, "hidden_size", "n_embd", "d_model", "dim")
-    heads = positive(text, "num_attention_heads", "n_head", "decoder_attention_heads", "n_heads")
-    layers = positive(text, "num_hidden_layers", "n_layer", "decoder_layers", "n_layers", "num_layers")
-    kv_heads = integer(text, "num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", default=heads)
-    if text.get("multi_query") is True and text.get("num_key_value_heads") is None:
-        kv_heads = 1
-    head_dim = optional(text, "head_dim") or hidden // heads
+    hidden = positive(text, "hidden_size", "n_embd", "n_embed", "d_model", "dim")
+    layers = positive(
+        text, "num_hidden_layers", "n_layer", "decoder_layers", "n_layers", "num_decoder_layers", "num_layers"
+    )
+    if layers > MOST_LAYERS:
+        raise BrokenConfigError(f"{layers:,} layers are more than any model has")
+    heads, kv_heads, head_dim = _heads(text, hidden)
     experts = integer(
         text, "n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", default=0
     )
-    intermediate = integer(
-        text,
-        "intermediate_size",
-        "n_inner",
-        "ffn_dim",
-        "decoder_ffn_dim",
-        "ffn_hidden_size",
-        default=4 * hidden,
-    )
+    intermediate = _intermediate(text, hidden)
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     return Shape(
         model_type=model_type,
@@ -139,13 +166,38 @@ def _shape(text: Config, config: Config, model_type: str) -> Shape:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=intermediate,
-        vocab=positive(text, "vocab_size"),
+        vocab=positive(text, "vocab_size", "padded_vocab_size"),
         experts=experts,
         expert_intermediate=integer(text, "moe_intermediate_size", default=intermediate),
-        tied=bool(tied) if tied is not None else model_type in {"gemma", "gemma2", "gemma3_text", "whisper"},
+        tied=bool(tied) if tied is not None else model_type in TIED,
         encoder_only=model_type in ENCODER_ONLY,
         encoder_decoder=model_type in ENCODER_DECODER,
     )
+
+
+def _heads(text: Config, hidden: int) -> tuple[int, int, int]:
+    """Attention heads, KV heads, and values of each; one head where no layer attends."""
+    names = ("num_attention_heads", "n_head", "decoder_attention_heads", "n_heads", "num_heads")
+    heads = 1 if "state_size" in text and not any(n in text for n in names) else positive(text, *names)
+    grouped = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "kv_n_heads")
+    if text.get("multi_query") is True and not text.get("new_decoder_architecture"):
+        kv_heads = integer(text, "num_key_value_heads", default=1)
+    elif text.get("multi_query_attention") is True:  # ChatGLM
+        kv_heads = integer(text, "multi_query_group_num", default=1)
+    else:
+        kv_heads = integer(text, *grouped, default=heads)
+    head_dim = integer(text, "head_dim", "kv_channels", "d_kv", default=0) or hidden // heads
+    if min(kv_heads, head_dim) < 1:
+        raise BrokenConfigError(f"{heads} heads and {kv_heads} KV heads do not share {hidden} values")
+    return heads, kv_heads, head_dim
+
+
+def _intermediate(text: Config, hidden: int) -> int:
+    value = text.get("intermediate_size")
+    if isinstance(value, list) and value:  # Gemma 3n: one for each layer, of which the widest counts
+        return max(positive({"intermediate_size": each}, "intermediate_size") for each in value)
+    names = ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "d_ff")
+    return positive(text, *names, default=4 * hidden)
 
 
 def _max_context(text: Config, config: Config) -> int:
@@ -212,7 +264,7 @@ def _attention(text: Config, shape: Shape, model_type: str) -> tuple[AttentionLa
         return (AttentionLayers(AttentionKind.MLA, shape.layers, 1, latent, 0),)
     counts = Counter(_layouts(text, shape.layers, model_type))
     return tuple(
-        _linear_layers(text, n)
+        AttentionLayers(AttentionKind.LINEAR, n, 1, 0, 0, None, state_bytes(text, shape.hidden))
         if layout.kind is AttentionKind.LINEAR
         else _layers(shape, layout.kind, n, layout.window)
         for layout, n in counts.items()
@@ -223,24 +275,12 @@ def _layers(shape: Shape, kind: AttentionKind, count: int, window: int | None = 
     return AttentionLayers(kind, count, shape.kv_heads, shape.head_dim, shape.head_dim, window)
 
 
-def _linear_layers(text: Config, count: int) -> AttentionLayers:
-    """State of a gated delta net (Qwen3-Next): a float32 matrix per value head, and a convolution."""
-    key_dim = integer(text, "linear_key_head_dim", default=128)
-    value_dim = integer(text, "linear_value_head_dim", default=128)
-    key_heads = integer(text, "linear_num_key_heads", default=16)
-    value_heads = integer(text, "linear_num_value_heads", default=32)
-    kernel = integer(text, "linear_conv_kernel_dim", default=4)
-    convolution = (kernel - 1) * (2 * key_heads * key_dim + value_heads * value_dim) * 2
-    state = value_heads * key_dim * value_dim * 4
-    return AttentionLayers(AttentionKind.LINEAR, count, 1, 0, 0, None, state + convolution)
-
-
 def _layouts(text: Config, layers: int, model_type: str) -> list[_Layout]:
     """The layout of each layer, from ``layer_types`` or from the older fields."""
     window = optional(text, "sliding_window")
-    types = words(text.get("layer_types"))
-    if types:
-        return [_named_layout(name, text, window) for name in types[:layers]]
+    names = layer_names(text, layers)
+    if names:
+        return [_named_layout(name, text, window) for name in names if name not in NONE_NAMES]
     if window is None or text.get("use_sliding_window") is False:
         return [_Layout(AttentionKind.FULL, None)] * layers
     pattern = optional(text, "sliding_window_pattern")
@@ -263,6 +303,6 @@ def _named_layout(name: str, text: Config, window: int | None) -> _Layout:
         return _Layout(AttentionKind.SLIDING, window)
     if name == "chunked_attention":
         return _Layout(AttentionKind.CHUNKED, optional(text, "attention_chunk_size"))
-    if name in {"linear_attention", "mamba", "conv"}:
+    if name in LINEAR_NAMES:
         return _Layout(AttentionKind.LINEAR, None)
     return _Layout(AttentionKind.FULL, None)

@@ -162,6 +162,7 @@ class ModelFacts:
         tensor_bytes: bytes of all tensors by dtype, from the safetensors headers; empty without them.
         source: where the facts came from.
         revision: commit of the source, where it has one.
+        approximate: what to know of sizes that are rougher than usual; empty where they are not.
     """
 
     architecture: str
@@ -187,6 +188,7 @@ class ModelFacts:
     tensor_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source: str = ""
     revision: str = ""
+    approximate: str = ""
 
     @property
     def uses_mla(self) -> bool:

@@ -11,6 +11,10 @@ TEXT_SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config
 """Where multimodal configs keep the language model's part."""
 
 
+LARGEST = 2**40
+"""Beyond every number in a config.json: what is larger was never meant."""
+
+
 class BrokenConfigError(ValueError):
     """The config lacks something that the arithmetic needs, or contradicts itself."""
 
@@ -34,12 +38,20 @@ def integer(config: Config, *names: str, default: int | None = None) -> int:
         value = config.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        # Infinity and NaN are numbers to Python's JSON, and unequal to every whole one within the bounds.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            raise BrokenConfigError(f"{name} must be a whole number, is {_shown(value)}")
+        if value != int(value):
             raise BrokenConfigError(f"{name} must be a whole number, is {value!r}")
         return int(value)
     if default is None:
         raise BrokenConfigError(f"config.json has no {names[0]}")
     return default
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def positive(config: Config, *names: str, default: int | None = None) -> int:

@@ -39,7 +39,7 @@ def variant_request(
     return VariantRequest(
         model=facts,
         quantization=variant.quantization,
-        engine=deployment.engine(variant).settings(len(spec.adapters)),
+        engine=deployment.engine(variant).settings(adapters=bool(spec.adapters)),
         accelerators=tuple(AcceleratorPreference(a.type, a.count) for a in variant.accelerators),
         replicas=variant.replicas.min if replicas is None else replicas,
         task=Task(spec.model.task),

@@ -92,7 +92,8 @@ def judge(request: VariantRequest, facts: ModelFacts, accelerator: Accelerator) 
             scheme.name, scheme.bytes_per_weight, scheme.experts_only, scheme.quantizes_head,
             scheme.quantizes_vision, step.compute,
         )  # fmt: skip
-    notes = [note for note in (step.note if step else "", _dtype_note(case, dtype), kv[2]) if note]
+    said = (step.note if step else "", _dtype_note(case, dtype), kv[2], facts.approximate)
+    notes = [note for note in said if note]
     abilities = source.architectures.get(facts.architecture)
     splits_layers = engine != "vLLM" or abilities is None or "pipeline" in abilities
     return Verdict(scheme, dtype, kv[0], kv[1], declared.quantize_at_load, tuple(notes), splits_layers)

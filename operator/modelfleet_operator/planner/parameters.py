@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modelfleet_operator.planner.facts import Parameters
-from modelfleet_operator.planner.fields import Config, integer, optional, words
+from modelfleet_operator.planner.fields import Config, integer, optional
 
 PLAIN_MLP = frozenset(
     {"bert", "roberta", "xlm-roberta", "distilbert", "whisper", "gpt2", "opt", "phi", "starcoder2", "falcon",
@@ -93,10 +93,15 @@ def _mlp_layers(shape: Shape, text: Config) -> list[tuple[bool, int]]:
     """How many layers are mixtures of experts and how many are dense."""
     if not shape.experts:
         return [(False, shape.layers)]
+    if every := integer(text, "expert_layer_period", default=0):  # Jamba
+        first = integer(text, "expert_layer_offset", default=0) % every
+        moe = sum(i % every == first for i in range(shape.layers))
+        return [(True, moe), (False, shape.layers - moe)]
     dense = integer(text, "first_k_dense_replace", default=0)
     step = integer(text, "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", default=1) \
         if not isinstance(text.get("moe_layer_freq"), list) else 1  # fmt: skip
-    named = {int(i) for i in words(text.get("mlp_only_layers"))}
+    listed = text.get("mlp_only_layers")
+    named = {i for i in listed if isinstance(i, int)} if isinstance(listed, list) else set()
     moe = sum(
         1
         for i in range(shape.layers)

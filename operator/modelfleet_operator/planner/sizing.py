@@ -8,6 +8,7 @@ import msgspec.structs
 
 from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.catalog.engines import engine_defaults
+from modelfleet_operator.catalog.reserved import reserved_settings
 from modelfleet_operator.planner.facts import ModelUnavailable
 from modelfleet_operator.planner.fit import Fit
 from modelfleet_operator.planner.legality import judge
@@ -44,6 +45,9 @@ def size_variant(
     defaults = engine_defaults(request.engine.type, request.engine.version)
     if defaults is None:
         return Rejection(known.name, Rule.ENGINE_NOT_SUPPORTED, f"{request.engine.type} is no known engine")
+    engine = request.engine
+    if taken := "; ".join(reserved_settings(engine.type, engine.args, engine.env)):
+        return Rejection(known.name, Rule.ENGINE_SETTINGS, taken, "the engine's adapter")
     facts = request.model
     if facts is None:
         return Rejection(known.name, Rule.READING_MODEL, "the checkpoint is being read", retryable=True)

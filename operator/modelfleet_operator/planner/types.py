@@ -27,6 +27,7 @@ class Rule(enum.StrEnum):
     # The engine on the accelerator
     ACCELERATOR_UNKNOWN = "AcceleratorUnknown"
     ENGINE_NOT_SUPPORTED = "EngineNotSupported"
+    ENGINE_SETTINGS = "EngineSettingsReserved"
     COMPUTE_CAPABILITY = "ComputeCapability"
     QUANTIZATION_NOT_SUPPORTED = "QuantizationNotSupported"
     DTYPE_NOT_SUPPORTED = "DtypeNotSupported"

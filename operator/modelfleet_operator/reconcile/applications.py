@@ -19,6 +19,7 @@ from modelfleet_serving.contract import (
     REPLICA_IMPORT_PATH,
     Adapter,
     ApplicationArgs,
+    ReplicaConfig,
     ReplicaResources,
     Task,
 )
@@ -53,6 +54,8 @@ class Application:
 
     args: ApplicationArgs
     replicas: int
+    running_config: ReplicaConfig = field(default_factory=ReplicaConfig)
+    """What changes without a restart."""
 
     @property
     def name(self) -> str:
@@ -70,6 +73,7 @@ class Application:
                 {
                     "name": REPLICA_DEPLOYMENT,
                     "num_replicas": self.replicas,
+                    "user_config": msgspec.to_builtins(self.running_config),
                     "graceful_shutdown_timeout_s": self.args.drain_timeout_seconds + _DRAIN_MARGIN_SECONDS,
                 }
             ],
@@ -92,9 +96,14 @@ def application_args(
         task=Task(deployment.spec.model.task),
         accelerator=plan.accelerator,
         resources=_on_engine_nodes(plan),
-        adapters=[Adapter(name=a.name, source=a.source) for a in deployment.spec.adapters],
         drain_timeout_seconds=duration_seconds(deployment.spec.rollout.drain_timeout),
     )
+
+
+def running_config(deployment: ModelDeployment) -> ReplicaConfig:
+    """What replicas take over while they run."""
+    adapters = [Adapter(name=a.name, source=a.source) for a in deployment.spec.adapters]
+    return ReplicaConfig(adapters=adapters)
 
 
 def engine_resource(engine: str) -> str:
@@ -116,15 +125,16 @@ def revision(deployment: ModelDeployment, variant: Variant, plan: VariantPlan) -
     """Short hash of everything that changes a running engine.
 
     It holds what the user wrote and where the plan put it, not the numbers that the plan worked out: a
-    measurement or a newer release that reckons otherwise must not restart an engine that runs.
+    measurement or a newer release that reckons otherwise must not restart an engine that runs. Of the
+    adapters it holds whether there are any: an engine with LoRA loads others while it runs.
     """
+    engine = deployment.engine(variant).settings(adapters=bool(deployment.spec.adapters))
     content = {
         "model": deployment.model_name,
         "task": deployment.spec.model.task,
         "source": deployment.source(variant),
         "quantization": variant.quantization,
-        "engine": msgspec.to_builtins(deployment.engine(variant).settings(len(deployment.spec.adapters))),
-        "adapters": [[a.name, a.source] for a in deployment.spec.adapters],
+        "engine": msgspec.to_builtins(engine),
         "accelerator": plan.accelerator,
         "parallel": [plan.tensor_parallel_size, plan.pipeline_parallel_size],
         "dtype": plan.dtype,
@@ -138,6 +148,15 @@ def args_of(state: ApplicationState) -> ApplicationArgs | None:
         return msgspec.convert(state.config.get("args"), ApplicationArgs)
     except msgspec.ValidationError:
         return None
+
+
+def running_config_of(state: ApplicationState) -> ReplicaConfig:
+    """What a running application's replicas were told last; nothing where that is not ours."""
+    try:
+        (deployment,) = state.config.get("deployments") or [{}]
+        return msgspec.convert(deployment.get("user_config") or {}, ReplicaConfig)
+    except (msgspec.ValidationError, ValueError):
+        return ReplicaConfig()
 
 
 def registry_application(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from modelfleet_operator.api import ModelDeployment, Variant, VariantStatus
 from modelfleet_operator.planner.types import PlanResult
-from modelfleet_operator.reconcile.applications import Application, application_args
+from modelfleet_operator.reconcile.applications import Application, application_args, running_config
 from modelfleet_operator.reconcile.autoscale import wanted_replicas
 from modelfleet_operator.reconcile.conditions import Finding
+from modelfleet_operator.reconcile.leaving import leaving, said
 from modelfleet_operator.reconcile.observed import Observed
 from modelfleet_operator.reconcile.rollout import VariantRollout, roll_out
 from modelfleet_operator.reconcile.routes import route_of
@@ -60,11 +61,12 @@ def reconcile(
             blind=observed.blind,
         )
     variants, findings = describe(deployment, plans, wanted, rollouts, observed)
+    stay = leaving(deployment, plans, wanted, observed)
     return Decision(
-        applications=tuple(app for r in rollouts.values() for app in r.applications),
-        route=route_of(deployment, rollouts),
+        applications=(*(app for r in rollouts.values() for app in r.applications), *stay.applications),
+        route=route_of(deployment, rollouts, stay.rollouts),
         variants=variants,
-        findings=findings,
+        findings=said(findings, stay),
     )
 
 
@@ -74,7 +76,7 @@ def _wanted(
     if result.plan is None:
         return None
     args = application_args(deployment, variant, result.plan, registry)
-    return Application(args, replicas_of(variant, observed))
+    return Application(args, replicas_of(variant, observed), running_config(deployment))
 
 
 def replicas_of(variant: Variant, observed: Observed) -> int:

@@ -183,6 +183,18 @@ def _branch(tree: dict[str, dict[str, list[Heartbeat]]], application: str) -> li
 def _shape(endpoints: Iterable[Heartbeat]) -> list[tuple[object, ...]]:
     """What a reconcile step reads of heartbeats."""
     return [
-        (e.id, e.application, e.state, e.capacity, e.memory, e.accelerator, e.restarts, e.reason, e.message)
+        (
+            e.id,
+            e.application,
+            e.state,
+            e.capacity,
+            e.memory,
+            e.accelerator,
+            e.restarts,
+            e.reason,
+            e.message,
+            e.adapters,
+            e.adapter_problems,
+        )
         for e in endpoints
     ]

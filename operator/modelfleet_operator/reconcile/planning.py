@@ -8,7 +8,7 @@ are asked again when something was given back.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from modelfleet_operator.api import ModelDeployment, Variant
@@ -24,7 +24,7 @@ from modelfleet_operator.planner import (
 from modelfleet_operator.planner.capacity import Demand, GroupCapacity
 from modelfleet_operator.planner.inputs import variant_request
 from modelfleet_operator.planner.types import AcceleratorGroup, AcceleratorPreference, NodeCapacity
-from modelfleet_operator.reconcile.applications import args_of, revision
+from modelfleet_operator.reconcile.applications import ApplicationState, args_of, revision
 from modelfleet_operator.reconcile.core import replicas_of
 from modelfleet_operator.reconcile.observed import Observed
 
@@ -55,6 +55,8 @@ class PoolPlanner:
     room: dict[str, dict[str, bool]] = field(default_factory=dict)
     _requests: dict[Key, VariantRequest] = field(default_factory=dict)
     _held: dict[Key, _Held] = field(default_factory=dict)
+    _leaving: dict[str, dict[Key, _Held]] = field(default_factory=dict)
+    """What removed variants still hold, by ModelDeployment."""
     _waiting: set[Key] = field(default_factory=set)
     _unplaced: set[Key] = field(default_factory=set)
     _view: PoolView = field(default_factory=lambda: PoolView(()))
@@ -80,6 +82,7 @@ class PoolPlanner:
     def forget(self, key: str) -> None:
         """A ModelDeployment is gone: what it held is free."""
         self.room.pop(key, None)
+        self._freed |= self._leaving.pop(key, None) is not None
         for variant in self.results.pop(key, {}):
             self._drop((key, variant))
 
@@ -103,6 +106,7 @@ class PoolPlanner:
             for gone in self.results.get(key, {}).keys() - names:
                 del self.results[key][gone]
                 self._drop((key, gone))
+            self._hold_leaving(key, names, seen)
             for variant in deployment.spec.variants:
                 request = _request(deployment, variant, facts, seen)
                 pair = (key, variant.name)
@@ -115,6 +119,21 @@ class PoolPlanner:
         for key, deployment in deployments.items():
             self.room[key] = self._room(deployment, observed.get(key, Observed()))
         return changed
+
+    def _hold_leaving(self, key: str, names: Collection[str], observed: Observed) -> None:
+        """Count what variants hold that the spec no longer has: it is theirs until they are gone."""
+        holds = {}
+        for name in observed.variants.keys() - names:
+            for number, seen in observed.revisions(name).items():
+                if seen.application is not None and (held := _held_by(seen.application)) is not None:
+                    holds[key, f"{name}.{number}"] = held
+        before = self._leaving.pop(key, {})
+        self._freed |= bool(before.keys() - holds.keys())
+        if holds:
+            self._leaving[key] = holds
+
+    def _all_held(self) -> list[_Held]:
+        return [*self._held.values(), *(held for holds in self._leaving.values() for held in holds.values())]
 
     def _ask(self, asked: dict[Key, VariantRequest]) -> set[str]:
         for pair in asked:
@@ -130,7 +149,7 @@ class PoolPlanner:
         for pair in asked:
             self._held.pop(pair, None)
         # What runs is placed before what waits, by the planner itself.
-        answers = _plan(asked, less(self._view, self._held.values()))
+        answers = _plan(asked, less(self._view, self._all_held()))
         changed = set()
         for pair, result in answers.items():
             key, name = pair
@@ -170,7 +189,17 @@ class PoolPlanner:
             return False
         preference = (AcceleratorPreference(result.plan.accelerator),)
         second = replace(self._requests[pair], accelerators=preference, current=None)
-        return _plan({pair: second}, less(self._view, self._held.values()))[pair].fits
+        return _plan({pair: second}, less(self._view, self._all_held()))[pair].fits
+
+
+def _held_by(application: ApplicationState) -> _Held | None:
+    """What a running application holds of its accelerator's group."""
+    args = args_of(application)
+    if args is None:
+        return None
+    stages = max(args.engine.pipeline_parallel_size, 1)
+    demand = Demand(args.resources.num_gpus / stages, args.resources.num_cpus, 0.0, stages)
+    return _Held(args.accelerator, demand, application.total_replicas)
 
 
 def demand_of(plan: VariantPlan) -> Demand:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from modelfleet_operator.reconcile.applications import Application, args_of
+from modelfleet_operator.reconcile.applications import Application, args_of, running_config_of
 from modelfleet_operator.reconcile.observed import Revision
 
 ROUTED = 100
@@ -71,7 +71,7 @@ def _as_it_runs(seen: Revision) -> Application | None:
     if seen.application is None or seen.application.deleting:
         return None
     args = args_of(seen.application)
-    return Application(args, _replicas(seen)) if args else None
+    return Application(args, _replicas(seen), running_config_of(seen.application)) if args else None
 
 
 def _with_running_args(wanted: Application, seen: Revision | None) -> Application:
@@ -79,7 +79,8 @@ def _with_running_args(wanted: Application, seen: Revision | None) -> Applicatio
     running = _as_it_runs(seen) if seen else None
     if running is None:
         return wanted
-    return Application(msgspec.structs.replace(running.args, registry=wanted.args.registry), wanted.replicas)
+    args = msgspec.structs.replace(running.args, registry=wanted.args.registry)
+    return Application(args, wanted.replicas, wanted.running_config)
 
 
 def _replicas(seen: Revision) -> int:

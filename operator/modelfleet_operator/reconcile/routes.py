@@ -9,9 +9,20 @@ from modelfleet_operator.reconcile.rollout import VariantRollout
 from modelfleet_serving.contract import Affinity, QueueSettings, RouteSpec, Task, VariantRouteSpec
 
 
-def route_of(deployment: ModelDeployment, rollouts: Mapping[str, VariantRollout]) -> RouteSpec:
-    """The route: every variant of the spec, with the revisions that take requests."""
-    routing = deployment.spec.routing
+def route_of(
+    deployment: ModelDeployment,
+    rollouts: Mapping[str, VariantRollout],
+    staying: Mapping[str, VariantRollout] | None = None,
+) -> RouteSpec:
+    """The route: every variant of the spec, with the revisions that take requests.
+
+    Args:
+        deployment: the resource.
+        rollouts: by variant of the spec.
+        staying: by variant that the spec no longer has: clients who ask for it, or for one that can't serve
+            yet, still get it.
+    """
+    routing, staying = deployment.spec.routing, staying or {}
     return RouteSpec(
         name=deployment.model_name,
         namespace=deployment.metadata.namespace,
@@ -19,9 +30,10 @@ def route_of(deployment: ModelDeployment, rollouts: Mapping[str, VariantRollout]
         variants=[
             VariantRouteSpec(name=v.name, revisions=dict(rollouts[v.name].revisions))
             for v in deployment.spec.variants
-        ],
-        weights={v.name: deployment.weight(v) for v in deployment.spec.variants},
-        fallback=list(routing.fallback),
+        ]
+        + [VariantRouteSpec(name=name, revisions=dict(r.revisions)) for name, r in staying.items()],
+        weights={v.name: deployment.weight(v) for v in deployment.spec.variants} | dict.fromkeys(staying, 0),
+        fallback=[*routing.fallback, *staying],
         affinity=Affinity(routing.affinity),
         queue=QueueSettings(
             max_requests=routing.queue.max_requests,

@@ -128,7 +128,7 @@ def _state(
         return "ScaledToZero", "starts with the next request"
     if mine is not None and mine.ready >= wanted.replicas and not observed.blind:
         # A registry that has just started gives routers no table yet: ready is not routable.
-        return "Serving", ""
+        return _adapters(wanted, mine)
     failure = mine.failure if mine else None
     if failure is not None:
         return failure.reason or "EngineFailed", _failure(failure)
@@ -143,6 +143,19 @@ def _state(
     if application is None:
         return "Deploying", ""
     return "Pending", application.message or "Ray has not placed the replica yet"
+
+
+def _adapters(wanted: Application, mine: Revision) -> tuple[str, str]:
+    """Reason and message of a variant whose replicas are ready: they may lack adapters yet."""
+    names = {adapter.name for adapter in wanted.running_config.adapters}
+    ready = [e for e in mine.endpoints if e.state is EndpointState.READY]
+    problems = {name: problem for e in ready for name, problem in e.adapter_problems.items() if name in names}
+    if problems:
+        message = "; ".join(f"adapter {name}: {problem}" for name, problem in sorted(problems.items()))
+        return "AdapterNotLoaded", message
+    if missing := {name for e in ready for name in names - set(e.adapters)}:
+        return "LoadingAdapters", ", ".join(sorted(missing))
+    return "Serving", ""
 
 
 def _failure(endpoint: Heartbeat) -> str:

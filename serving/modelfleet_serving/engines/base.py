@@ -11,7 +11,7 @@ import abc
 import enum
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from modelfleet_serving.contract import (
@@ -19,7 +19,6 @@ from modelfleet_serving.contract import (
     EngineLoad,
     EngineMemory,
     EngineSettings,
-    LoraSettings,
     Task,
 )
 from modelfleet_serving.engines.exposition import LoadMetrics, read_load
@@ -53,8 +52,6 @@ class Launch:
     """Branch, tag or commit, for a model id of a hub."""
     visible_devices: tuple[str, ...] = ()
     """GPUs that the engine may use, by index or UUID; empty leaves the environment as it is."""
-    adapters: Mapping[str, str] = field(default_factory=dict)
-    """Directories of the LoRA adapters to start with, by model name."""
     media_cache: str | None = None
     """Directory where fetched images and videos may be kept."""
 
@@ -224,8 +221,3 @@ class EngineAdapter(abc.ABC):
     def _check(self, args: ApplicationArgs, launch: Launch) -> None:
         if problems := self.problems(args, launch):
             raise EngineSettingsError(self.name, problems)
-
-
-def lora_settings(args: ApplicationArgs, launch: Launch) -> LoraSettings | None:
-    """``None`` without LoRA. Adapters without LoRA settings mean LoRA with the defaults."""
-    return args.engine.lora or (LoraSettings() if args.adapters or launch.adapters else None)

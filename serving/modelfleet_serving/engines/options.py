@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
-from modelfleet_serving.contract import ApplicationArgs, EngineSettings
+from modelfleet_serving.contract import ApplicationArgs, EngineSettings, LoraSettings
 from modelfleet_serving.engines.base import Launch, SettingsProblem
 
 _NAME: Final = re.compile(r"[A-Za-z0-9]+([_.-][A-Za-z0-9]+)*\Z")
@@ -187,7 +187,7 @@ def settings_problems(args: ApplicationArgs, launch: Launch, engine: str) -> Ite
     if not launch.model or launch.model.startswith("-"):
         yield SettingsProblem("source", launch.model, "a directory or a model id")
     yield from _number_problems(settings)
-    yield from _lora_problems(args, launch)
+    yield from _lora_problems(settings.lora)
     for modality, limit in settings.multimodal_limits.items():
         if limit < 0:
             yield SettingsProblem(f"engine.multimodalLimits.{modality}", limit, "0 or more")
@@ -226,13 +226,7 @@ def _number_problems(settings: EngineSettings) -> Iterator[SettingsProblem]:
         )
 
 
-def _lora_problems(args: ApplicationArgs, launch: Launch) -> Iterator[SettingsProblem]:
-    for name, path in launch.adapters.items():
-        if not name or not path:
-            yield SettingsProblem(f"adapters.{name}", path, "a name and a directory")
-        if name == args.model:
-            yield SettingsProblem(f"adapters.{name}", name, "a name other than the model's own")
-    lora = args.engine.lora
+def _lora_problems(lora: LoraSettings | None) -> Iterator[SettingsProblem]:
     if lora is None:
         return
     if lora.max_loras < 1:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final
 
 import msgspec.structs
 
-from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, Task
+from modelfleet_serving.contract import ApplicationArgs, EngineMemory, EngineSettings, LoraSettings, Task
 from modelfleet_serving.engines.base import (
     KEEP_ALIVE_SECONDS,
     AdapterCalls,
@@ -20,7 +20,6 @@ from modelfleet_serving.engines.base import (
     Probe,
     SettingsProblem,
     Sleep,
-    lora_settings,
 )
 from modelfleet_serving.engines.exposition import LoadMetrics
 from modelfleet_serving.engines.options import (
@@ -116,8 +115,8 @@ RESERVED: Final = {
     "grpc-port": _PLATFORM,
     "host": _PLATFORM,
     "kv-cache-dtype": "engine.kvCacheDtype",
-    "limit-mm-data-per-request": "engine.multimodalLimits",
-    "load-format": "engine.loadFormat",
+    "limit-mm-data-per-request": "engine.multimodal",
+    "load-format": _PLATFORM,
     "lora-paths": "the adapters of the ModelDeployment",
     "max-loaded-loras": "engine.lora.maxCpuLoras",
     "max-lora-rank": "engine.lora.maxRank",
@@ -133,7 +132,7 @@ RESERVED: Final = {
     "pipeline-parallel-size": "engine.pipelineParallelSize",
     "port": _PLATFORM,
     "pp-size": "engine.pipelineParallelSize",
-    "quantization": "engine.quantization",
+    "quantization": "the quantization of the variant",
     "reasoning-parser": "engine.reasoningParser",
     "revision": "the source of the model",
     "served-model-name": "the name of the model",
@@ -270,7 +269,7 @@ class SGLang(EngineAdapter):
             "tp-size": settings.tensor_parallel_size,
             "pp-size": settings.pipeline_parallel_size,
             "limit-mm-data-per-request": settings.multimodal_limits or None,
-            **_lora(args, launch),
+            **_lora(settings.lora),
         }
         # Sequence classifiers are recognised by their architecture; a causal model that embeds is not.
         defaults: dict[str, Any] = {"enable-cache-report": True, "log-level-http": "warning"}
@@ -314,8 +313,7 @@ def _batching(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _lora(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
-    lora = lora_settings(args, launch)
+def _lora(lora: LoraSettings | None) -> dict[str, Any]:
     if lora is None:
         return {}
     return {
@@ -324,8 +322,6 @@ def _lora(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
         "max-loras-per-batch": lora.max_loras + 1,
         "max-lora-rank": lora.max_rank,
         "max-loaded-loras": max(lora.max_cpu_loras, lora.max_loras + 1) if lora.max_cpu_loras else None,
-        # Adapters that come later may touch modules that the first ones don't.
+        # Adapters come later, and may touch any.
         "lora-target-modules": ["all"],
-        "lora-paths": [{"lora_name": name, "lora_path": path} for name, path in launch.adapters.items()]
-        or None,
     }

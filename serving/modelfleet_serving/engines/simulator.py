@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from modelfleet_serving.contract import ApplicationArgs, Task
-from modelfleet_serving.engines.base import Drain, Launch, Probe, SettingsProblem, lora_settings
+from modelfleet_serving.engines.base import Drain, Launch, Probe, SettingsProblem
 from modelfleet_serving.engines.options import (
     args_problems,
     canonical,
@@ -89,7 +89,6 @@ class Simulator(VLLMInterface):
 
     def _command(self, args: ApplicationArgs, launch: Launch) -> list[str]:
         settings = args.engine
-        modules = [{"name": name, "path": path} for name, path in launch.adapters.items()]
         typed: dict[str, Any] = {
             "model": launch.model,
             "served-model-name": args.model,
@@ -104,9 +103,8 @@ class Simulator(VLLMInterface):
             "enable-chunked-prefill": settings.chunked_prefill,
             "enable-prefix-caching": settings.prefix_caching,
             "tensor-parallel-size": settings.tensor_parallel_size,
-            "enable-lora": lora_settings(args, launch) is not None,
+            "enable-lora": settings.lora is not None,
             "max-loras": settings.lora.max_loras if settings.lora else None,
-            "lora-modules": modules or None,
         }
         free = {canonical(name): value for name, value in settings.args.items()}
         faults = free.pop("fault", None) or []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-from modelfleet_serving.contract import ApplicationArgs, EngineSettings, Task
+from modelfleet_serving.contract import ApplicationArgs, EngineSettings, LoraSettings, Task
 from modelfleet_serving.engines.base import (
     KEEP_ALIVE_SECONDS,
     Drain,
@@ -13,7 +13,6 @@ from modelfleet_serving.engines.base import (
     Platform,
     Probe,
     SettingsProblem,
-    lora_settings,
 )
 from modelfleet_serving.engines.options import (
     args_problems,
@@ -89,9 +88,9 @@ RESERVED: Final = {
     "hf-token": "the secret of the model's source; a token in a command line can be read by everyone",
     "host": _PLATFORM,
     "kv-cache-dtype": "engine.kvCacheDtype",
-    "kv-cache-memory-bytes": "engine.kvCacheMemoryBytes",
-    "limit-mm-per-prompt": "engine.multimodalLimits",
-    "load-format": "engine.loadFormat",
+    "kv-cache-memory-bytes": "engine.kvCacheMemory",
+    "limit-mm-per-prompt": "engine.multimodal",
+    "load-format": _PLATFORM,
     "lora-modules": "the adapters of the ModelDeployment",
     "master-addr": _PLATFORM,
     "master-port": _PLATFORM,
@@ -106,7 +105,7 @@ RESERVED: Final = {
     "node-rank": _PLATFORM,
     "pipeline-parallel-size": "engine.pipelineParallelSize",
     "port": _PLATFORM,
-    "quantization": "engine.quantization",
+    "quantization": "the quantization of the variant",
     "reasoning-parser": "engine.reasoningParser",
     "revision": "the source of the model",
     "root-path": _PLATFORM,
@@ -126,7 +125,7 @@ OWNED_ENV: Final = {
     "CUDA_VISIBLE_DEVICES": _PLATFORM,
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "engine.lora",
     "VLLM_API_KEY": "the router, which is where keys are checked",
-    "VLLM_CPU_KVCACHE_SPACE": "engine.kvCacheMemoryBytes",
+    "VLLM_CPU_KVCACHE_SPACE": "engine.kvCacheMemory",
     "VLLM_ENGINE_READY_TIMEOUT_S": "the start deadline",
     "VLLM_MEDIA_CACHE": _PLATFORM,
 }
@@ -182,7 +181,7 @@ class VLLM(VLLMInterface):
             *one_of("engine.dtype", settings.dtype, DTYPES),
             *one_of("engine.kvCacheDtype", settings.kv_cache_dtype, KV_CACHE_DTYPES),
         ]
-        lora = lora_settings(args, launch)
+        lora = settings.lora
         if lora is not None and lora.max_rank not in LORA_RANKS:
             allowed = "one of " + ", ".join(map(str, LORA_RANKS)) + ": the next one above the adapters' rank"
             found.append(SettingsProblem("engine.lora.maxRank", lora.max_rank, allowed))
@@ -200,7 +199,7 @@ class VLLM(VLLMInterface):
             "pipeline-parallel-size": settings.pipeline_parallel_size,
             "enable-auto-tool-choice": True if settings.tool_call_parser else None,
             "limit-mm-per-prompt": settings.multimodal_limits or None,
-            **_lora(args, launch),
+            **_lora(settings.lora),
         }
         defaults: dict[str, Any] = {"disable-uvicorn-access-log": True, "enable-prompt-tokens-details": True}
         if launch.platform is Platform.CPU:
@@ -222,7 +221,7 @@ class VLLM(VLLMInterface):
             # As many threads as cores were reserved: two engines with a thread per core each spin at their
             # barriers against one another.
             env["OMP_NUM_THREADS"] = str(max(1, int(args.resources.num_cpus)))
-        if lora_settings(args, launch) is not None:
+        if args.engine.lora is not None:
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if launch.media_cache is not None:
             env["VLLM_MEDIA_CACHE"] = launch.media_cache
@@ -256,16 +255,12 @@ def _batching(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _lora(args: ApplicationArgs, launch: Launch) -> dict[str, Any]:
-    lora = lora_settings(args, launch)
+def _lora(lora: LoraSettings | None) -> dict[str, Any]:
     if lora is None:
         return {}
-    # JSON, because a name may hold the "=" of the short form.
-    modules = [{"name": name, "path": path} for name, path in launch.adapters.items()]
     return {
         "enable-lora": True,
         "max-loras": lora.max_loras,
         "max-lora-rank": lora.max_rank,
         "max-cpu-loras": lora.max_cpu_loras,
-        "lora-modules": modules or None,
     }

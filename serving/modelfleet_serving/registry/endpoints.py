@@ -194,4 +194,12 @@ def _shown(beat: Heartbeat | None) -> tuple[object, ...] | None:
     """What the operator decides by, without the load, which always changes."""
     if beat is None:
         return None
-    return (beat.memory, beat.restarts, beat.reason, beat.message, beat.model, beat.node)
+    return (
+        beat.memory,
+        beat.restarts,
+        beat.reason,
+        beat.message,
+        beat.model,
+        beat.node,
+        beat.adapter_problems,
+    )

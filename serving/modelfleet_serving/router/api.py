@@ -17,6 +17,8 @@ class Kind(enum.Enum):
     MULTIPART = "multipart"
     WEBSOCKET = "websocket"
     """No body: the model stands in the query or in a header."""
+    STORED = "stored"
+    """No model: the path names what one engine keeps."""
 
 
 class Operation(NamedTuple):
@@ -29,12 +31,15 @@ class Operation(NamedTuple):
     """Errors take Anthropic's form."""
     generates: bool = False
     """Continues a prompt: engines keep the prompt's cache, so its beginning matters to the choice."""
+    stores: bool = False
+    """The engine may keep the answer, for later calls that name its id."""
+    methods: tuple[bytes, ...] = (b"POST",)
 
 
 OPERATIONS: Final[dict[bytes, Operation]] = {
     b"/v1/chat/completions": Operation("chat", Kind.CHAT, generates=True),
     b"/v1/completions": Operation("completions", Kind.COMPLETION, generates=True),
-    b"/v1/responses": Operation("responses", Kind.JSON, generates=True),
+    b"/v1/responses": Operation("responses", Kind.JSON, generates=True, stores=True),
     b"/v1/messages": Operation("messages", Kind.JSON, anthropic=True, generates=True),
     b"/v1/messages/count_tokens": Operation("count_tokens", Kind.JSON, anthropic=True),
     b"/v1/embeddings": Operation("embeddings", Kind.JSON),
@@ -57,7 +62,26 @@ OPERATIONS: Final[dict[bytes, Operation]] = {
     b"/v1/images/generations": Operation("images", Kind.JSON),
     b"/v1/audio/transcriptions": Operation("transcriptions", Kind.MULTIPART),
     b"/v1/audio/translations": Operation("translations", Kind.MULTIPART),
-    b"/v1/realtime": Operation("realtime", Kind.WEBSOCKET),
+    b"/v1/realtime": Operation("realtime", Kind.WEBSOCKET, methods=(b"GET",)),
 }
+
+STORED_PREFIX: Final = b"/v1/responses/"
+_STORED: Final = Operation("response", Kind.STORED, methods=(b"GET", b"DELETE"))
+_STORED_PARTS: Final[dict[bytes, Operation]] = {
+    b"cancel": Operation("response_cancel", Kind.STORED),
+    b"input_items": Operation("response_items", Kind.STORED, methods=(b"GET",)),
+}
+
+
+def find_operation(path: bytes) -> Operation | None:
+    """The operation of a path, ``None`` where engines serve nothing."""
+    operation = OPERATIONS.get(path)
+    if operation is not None or not path.startswith(STORED_PREFIX):
+        return operation
+    response, slash, part = path[len(STORED_PREFIX) :].partition(b"/")
+    if not response:
+        return None
+    return _STORED_PARTS.get(part) if slash else _STORED
+
 
 MODELS_PATH: Final = b"/v1/models"

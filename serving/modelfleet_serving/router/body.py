@@ -24,6 +24,7 @@ class Peek(msgspec.Struct, gc=False):
     system: msgspec.Raw = _MISSING
     tools: msgspec.Raw = _MISSING
     stream_options: msgspec.Raw = _MISSING
+    previous_response_id: msgspec.Raw = _MISSING
     max_tokens: msgspec.Raw = _MISSING
     max_completion_tokens: msgspec.Raw = _MISSING
 

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, unquote
 
 import msgspec
 
-from modelfleet_serving.router.api import MODELS_PATH, OPERATIONS, Kind, Operation
+from modelfleet_serving.router.api import MODELS_PATH, Kind, Operation, find_operation
 from modelfleet_serving.router.errors import RequestError
 
 if TYPE_CHECKING:
@@ -90,21 +90,20 @@ def _entry(target: Target, variant: str | None) -> dict[str, object]:
 
 
 def check_method(request: Request, operation: Operation) -> None:
-    """Allows what an engine's path takes beside POST.
+    """Allows what an engine's path takes.
 
     Raises:
         RequestError: 405 or 426.
     """
-    if operation.kind is Kind.WEBSOCKET and request.method == b"GET":
-        if request.upgrade != b"websocket" or not request.upgrades:
-            raise RequestError(
-                426,
-                "this endpoint speaks WebSocket",
-                code="upgrade_required",
-                headers=b"upgrade: websocket\r\n",
-            )
-        return
-    raise _method_error(request.method, "GET" if operation.kind is Kind.WEBSOCKET else "POST")
+    if request.method not in operation.methods:
+        raise _method_error(request.method, b", ".join(operation.methods).decode())
+    if operation.kind is Kind.WEBSOCKET and (request.upgrade != b"websocket" or not request.upgrades):
+        raise RequestError(
+            426,
+            "this endpoint speaks WebSocket",
+            code="upgrade_required",
+            headers=b"upgrade: websocket\r\n",
+        )
 
 
 def _method_error(method: bytes, allowed: str) -> RequestError:
@@ -118,10 +117,8 @@ def _method_error(method: bytes, allowed: str) -> RequestError:
 
 def _preflight(exchange: Exchange) -> None:
     path = exchange.request.path
-    if path in OPERATIONS:
-        allowed = b"GET" if OPERATIONS[path].kind is Kind.WEBSOCKET else b"POST"
-    else:
-        allowed = b"GET, HEAD, POST"
+    operation = find_operation(path)
+    allowed = b", ".join(operation.methods) if operation is not None else b"GET, HEAD, POST"
     request = exchange.request
     headers = b"allow: " + allowed + b", OPTIONS\r\n"
     if exchange.worker.cors and exchange.worker.cors_headers(request):

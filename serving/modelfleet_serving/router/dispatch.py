@@ -80,6 +80,9 @@ class Dispatcher:
     def pick(self, exchange: Exchange) -> EndpointRef | None:
         """The engine for a request, ``None`` when none has room."""
         order = exchange.order
+        holder = exchange.holder
+        if holder is not None and holder.ready and holder.variant in order and holder not in exchange.tried:
+            return holder  # the conversation so far is in its memory alone
         adapter = exchange.target.adapter
         for variant in order:
             pool = variant.pool

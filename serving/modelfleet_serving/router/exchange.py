@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_TIMEOUT
+from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_PRIORITY, HEADER_TIMEOUT
 from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
-from modelfleet_serving.router.api import OPERATIONS, Operation
+from modelfleet_serving.router.api import Kind, Operation, find_operation
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
 from modelfleet_serving.router.reply import Reply
 from modelfleet_serving.router.request import MAX_REQUEST_ID
 from modelfleet_serving.router.routing import find_target, prepare_usage
+from modelfleet_serving.router.stored import find_stored
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
+from modelfleet_serving.router.waiting import read_priority
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.body import Peek
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _NEVER: Final = math.inf
 _TIMEOUT: Final = HEADER_TIMEOUT.encode()
+_PRIORITY: Final = HEADER_PRIORITY.encode()
 _KEEP_ALIVE: Final = HEADER_KEEP_ALIVE.encode()
 _JOIN_LIMIT: Final = 64 * 1024
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503, 504})
@@ -40,6 +43,7 @@ class Exchange:
         order: the variants that may serve it, the chosen one first.
         fresh_retry: the engine closed an idle connection under it, and a new one is tried.
         fallback_from: the chosen variant, where another one serves it.
+        holder: the engine that keeps the response which it names.
         endpoint: the engine it is counted on.
         tried: engines that failed it.
         deadline: when the current wait is over, in loop time.
@@ -59,6 +63,7 @@ class Exchange:
         "fallback_from",
         "finished",
         "fresh_retry",
+        "holder",
         "keep_alive_seconds",
         "lease",
         "operation",
@@ -114,6 +119,7 @@ class Exchange:
         self.peek: Peek | None = None
         self.reply: Reply | None = None
         self.endpoint: EndpointRef | None = None
+        self.holder: EndpointRef | None = None
         self.upstream: UpstreamConnection | None = None
         self.fallback_from: str | None = None
         self.span: Any = None
@@ -125,7 +131,7 @@ class Exchange:
         request = self.request
         worker = self.worker
         try:
-            operation = OPERATIONS.get(request.path)
+            operation = find_operation(request.path)
             if worker.tracing is not None and operation is not None:
                 self.span = worker.tracing.begin(self)
             if request.refusal is not None:
@@ -134,9 +140,13 @@ class Exchange:
                 builtin.answer(self)
                 return
             self.operation = operation
-            if request.method != b"POST":
+            if request.method != b"POST" or operation.kind is Kind.STORED:
                 builtin.check_method(request, operation)
-            self.target = find_target(self)
+            if operation.kind is Kind.STORED:
+                self.holder = find_stored(self)
+                self.target = worker.table.resolve(self.holder.variant.model.name)
+            else:
+                self.target = find_target(self)
             self.routed = True
             if request.steered:
                 self._read_options()
@@ -144,7 +154,10 @@ class Exchange:
                 self._admit(self.tenant)
             self.body = request.body
             worker.active.add(self)
-            worker.dispatcher.dispatch(self)
+            if operation.kind is Kind.STORED and self.holder is not None:
+                worker.dispatcher.assign(self, self.holder)
+            else:
+                worker.dispatcher.dispatch(self)
         except RequestError as error:
             self.fail(error)
 
@@ -152,6 +165,8 @@ class Exchange:
         special = self.request.special
         if _TIMEOUT in special:
             self.expires = self.started + _seconds(self.request, HEADER_TIMEOUT)
+        if _PRIORITY in special:
+            read_priority(self)  # refused whether it has to wait or not
         if _KEEP_ALIVE in special and self.peek is not None and self.peek.streams:
             self.keep_alive_seconds = _seconds(self.request, HEADER_KEEP_ALIVE)
             self._next_comment = self.started + self.keep_alive_seconds
@@ -308,7 +323,7 @@ class Exchange:
         if reply is not None and (reply.opened or reply.first_byte is not None):
             failover.cut_off(self, self.upstream, error)
             return
-        operation = OPERATIONS.get(self.request.path)
+        operation = find_operation(self.request.path)
         headers = b"content-type: application/json\r\n" + error.extra_headers()
         body = error.body(anthropic=operation is not None and operation.anthropic)
         self.answer(error.status, headers, body)

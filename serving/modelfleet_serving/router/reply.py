@@ -18,6 +18,7 @@ from modelfleet_serving.router.relay import (
     SpliceRelay,
     frame,
 )
+from modelfleet_serving.router.stored import remember
 from modelfleet_serving.router.usage import KEY as USAGE_KEY
 from modelfleet_serving.router.usage import read_usage
 
@@ -160,6 +161,8 @@ class Reply:
             connection.body = self.relay.feed
             if rest:
                 self.relay.feed(rest)
+        if exchange.operation.stores and head.status == 200:
+            remember(exchange, connection, rest)
 
     def _begin_opened(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         if head.status != 200 or not head.events:

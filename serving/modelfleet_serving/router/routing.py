@@ -37,8 +37,10 @@ def find_target(exchange: Exchange) -> Target:
     elif kind is Kind.WEBSOCKET:
         name = query_value(request.query, b"model") or request.text("x-modelfleet-model")
     else:
-        exchange.peek = peek_json(request.body)
-        name = exchange.peek.model
+        peek = exchange.peek = peek_json(request.body)
+        name = peek.model
+        if exchange.operation.stores and peek.previous_response_id:
+            _find_previous(exchange, bytes(peek.previous_response_id))
     if not name:
         raise RequestError(400, "you must provide a model parameter", code="missing_model", param="model")
     target = exchange.worker.table.resolve(name)
@@ -54,6 +56,13 @@ def find_target(exchange: Exchange) -> Target:
         else:
             request.body = replace_model(request.body, target.name)
     return target
+
+
+def _find_previous(exchange: Exchange, raw: bytes) -> None:
+    """Remembers who keeps the response that a request goes on from; without one, the engine will say so."""
+    worker = exchange.worker
+    salt = exchange.tenant.name if exchange.tenant is not None else ""
+    exchange.holder = worker.stored.find(raw.strip(b'"'), salt, worker.table)
 
 
 def _pin(target: Target, variant: str) -> Target:

@@ -72,7 +72,7 @@ class WaitingRoom:
                 deadline=deadline,
                 size=len(exchange.request.body),
                 tenant=exchange.salt,
-                priority=_priority(exchange),
+                priority=read_priority(exchange),
                 lane=_lane(exchange),
             )
         except QueueFullError as full:
@@ -164,7 +164,12 @@ class WaitingRoom:
             del self._queues[name], self._models[name]
 
 
-def _priority(exchange: Exchange) -> int:
+def read_priority(exchange: Exchange) -> int:
+    """The class of a request.
+
+    Raises:
+        RequestError: 400 for one that is none.
+    """
     tenant = exchange.tenant
     try:
         return parse_priority(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from modelfleet_serving.router import failover
 from modelfleet_serving.router.accesslog import AccessLog
+from modelfleet_serving.router.affinity import PrefixTable
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.dispatch import Dispatcher
 from modelfleet_serving.router.hub import TableChange
@@ -20,6 +21,7 @@ from modelfleet_serving.router.probe import Prober
 from modelfleet_serving.router.server import ClientConnection
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.slices import Slices
+from modelfleet_serving.router.stored import StoredResponses
 from modelfleet_serving.router.table import EndpointRef, Table
 from modelfleet_serving.router.tenancy import Tenancy
 from modelfleet_serving.router.tls import ListenerTls
@@ -69,6 +71,7 @@ class Worker:
         self.tenancy = Tenancy(settings.tenants, counters, loop)
         self.buffered = 0  # bytes of request bodies in memory
         self.dispatcher = Dispatcher(self)
+        self.stored = StoredResponses(PrefixTable(counters.prefixes))
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.access_log = AccessLog(settings.access_log, loop) if settings.access_log else None

@@ -20,7 +20,6 @@ from modelfleet_serving.environments import (
 from modelfleet_serving.supervisor.sources import (
     ModelFetchError,
     ModelNotFoundError,
-    adapter_directory,
     locate,
 )
 
@@ -76,7 +75,6 @@ def prepare(
             platform=engine.platform,
             model_is_local=model.is_local,
             model_revision=model.revision,
-            adapters={a.name: adapter_directory(a.source, environ) for a in args.adapters},
         )
         command = adapter.command(args, launch)
         own = adapter.environment(args, launch)

@@ -7,10 +7,12 @@ from typing import Final
 import aiohttp
 
 from modelfleet_serving.contract import EngineLoad
-from modelfleet_serving.engines import EngineAdapter, Probe
+from modelfleet_serving.engines import Call, EngineAdapter, Probe
 
 _METRICS_SECONDS: Final = 5.0
 _METRICS_BYTES: Final = 8 * 2**20
+_ANSWER_BYTES: Final = 1000
+"""As much of an answer as is worth telling."""
 
 
 class EngineClient:
@@ -31,6 +33,21 @@ class EngineClient:
             return f"GET {probe.path} not answered within {probe.timeout_seconds:g} s"
         except aiohttp.ClientError as error:
             return f"GET {probe.path}: {error}"
+
+    async def call(self, call: Call, timeout_seconds: float) -> str:
+        """Why a call failed; empty when it succeeded."""
+        what = f"{call.method} {call.path}"
+        limit = aiohttp.ClientTimeout(total=timeout_seconds)
+        try:
+            async with self._session.request(
+                call.method, self._url + call.path, json=call.body, timeout=limit
+            ) as answer:
+                text = (await answer.content.read(_ANSWER_BYTES)).decode(errors="replace")
+                return "" if answer.status in call.success else f"{what} answered {answer.status}: {text}"
+        except TimeoutError:
+            return f"{what} not answered within {timeout_seconds:g} s"
+        except aiohttp.ClientError as error:
+            return f"{what}: {error}"
 
     async def load(self) -> EngineLoad | None:
         """What the engine works on, or ``None`` when it doesn't say."""

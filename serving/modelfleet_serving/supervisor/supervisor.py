@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -23,8 +24,10 @@ from modelfleet_serving.contract import (
     EngineMemory,
     Heartbeat,
     HeartbeatReply,
+    ReplicaConfig,
 )
 from modelfleet_serving.engines import EngineAdapter
+from modelfleet_serving.supervisor.adapters import Adapters
 from modelfleet_serving.supervisor.engine_process import (
     EngineProcess,
     LaunchError,
@@ -61,6 +64,8 @@ PROBE_MOST_SECONDS: Final = 1.0
 DRAIN_POLL_SECONDS: Final = 0.25
 LEAVE_POLL_SECONDS: Final = 0.1
 LIVENESS_SECONDS: Final = 5.0
+FIRST_ADAPTERS_SECONDS: Final = 60.0
+"""So long a ready engine waits for its adapters before it takes requests without them."""
 KILL_GRACE_SECONDS: Final = 1.0
 
 
@@ -115,6 +120,7 @@ class Supervisor:
         """Why this supervisor itself is of no use any more."""
         self._events: asyncio.Queue[Event] = asyncio.Queue(maxsize=1024)
         self._sender = HeartbeatSender(self.args.registry, self.replica, self._compose, self._on_reply)
+        self._adapters = Adapters(self.adapter, self.environ, self._sender.send_now)
         self._secrets = secrets_of(self.environ, self.args.engine.env)
         self._capacity = self.adapter.capacity(self.args.engine)
         self._process: EngineProcess | None = None
@@ -159,6 +165,10 @@ class Supervisor:
         for task in there:
             task.cancel()
         await asyncio.gather(*there, return_exceptions=True)
+
+    def configure(self, config: ReplicaConfig) -> None:
+        """Take over what may change while the engine runs."""
+        self._adapters.want(config.adapters)
 
     async def stop(self) -> None:
         """Drain, end the engine, say goodbye; returns when nothing of it is left."""
@@ -238,6 +248,7 @@ class Supervisor:
         process = EngineProcess(self.log)
         await process.start(start.command, start.environment, self.log.parent)
         self._process, self._url, self._memory = process, start.url, None
+        self._adapters.forget()
         return start, process
 
     def _fail(self, reason: str, message: str) -> None:
@@ -250,8 +261,13 @@ class Supervisor:
             async with aiohttp.ClientSession() as session:
                 client = EngineClient(session, start.url, self.adapter)
                 await self._until_ready(client, process, urlsplit(start.url).port or 0)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FIRST_ADAPTERS_SECONDS):
+                        await self._adapters.update(client)
                 self._events.put_nowait(Answers())
-                await self._follow(client)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._adapters.keep(client), name="adapters")
+                    group.create_task(self._follow(client), name="follow")
         except Exception:  # noqa: BLE001  logged, and acted upon
             # Without its eyes the supervisor would trust an engine for ever.
             _log.exception("%s: the watch over the engine failed; the engine is restarted", self.replica)
@@ -308,7 +324,10 @@ class Supervisor:
             url=self._url,
             state=state.endpoint,
             sequence=sequence,
-            adapters=[adapter.name for adapter in self.args.adapters],
+            adapters=sorted(self._adapters.loaded),
+            adapter_problems={
+                name: scrub(problem, self._secrets) for name, problem in self._adapters.problems.items()
+            },
             capacity=self._capacity,
             load=self._load,
             memory=self._memory,

@@ -210,9 +210,9 @@ def test_a_variant_may_size_the_kv_cache_where_the_deployment_gave_a_share() -> 
 def test_adapters_make_room_for_lora() -> None:
     deployment = parse_object(spec(adapters=[{"name": f"a{i}", "source": "hf://o/a"} for i in range(3)]))
     assert isinstance(deployment, ModelDeployment)
-    lora = deployment.engine(deployment.spec.variants[0]).settings(adapters=3).lora
+    lora = deployment.engine(deployment.spec.variants[0]).settings(adapters=True).lora
     assert lora is not None
-    assert (lora.max_loras, lora.max_rank) == (3, 16)
+    assert (lora.max_loras, lora.max_rank) == (4, 16)
 
 
 def test_what_a_newer_release_wrote_is_passed_over_after_a_rollback() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from modelfleet_serving.contract import Adapter, ApplicationArgs, EngineSettings, LoraSettings, Task
+from modelfleet_serving.contract import ApplicationArgs, EngineSettings, LoraSettings, Task
 from modelfleet_serving.engines import Launch, Platform
 
 DATA = Path(__file__).parent / "data"
@@ -129,18 +129,15 @@ def settings(
 
 def starts(drawn: st.SearchStrategy[EngineSettings]) -> st.SearchStrategy[tuple[ApplicationArgs, Launch]]:
     """Whole starts around drawn settings."""
-    adapters = st.dictionaries(names, names.map(lambda name: "/adapters/" + name), max_size=3)
 
-    def build(engine: EngineSettings, model: str, task: Task, paths: dict[str, str], **facts: Any) -> Any:
-        served = [Adapter(name=name, source="file://" + path) for name, path in paths.items()]
-        return application(engine, model=model, task=task, adapters=served), launch(adapters=paths, **facts)
+    def build(engine: EngineSettings, model: str, task: Task, **facts: Any) -> Any:
+        return application(engine, model=model, task=task), launch(**facts)
 
     return st.builds(
         build,
         drawn,
         names,
         st.sampled_from(Task),
-        adapters,
         platform=st.sampled_from(Platform),
         port=st.integers(1, 65535),
         model_revision=optional(st.just("main")),

@@ -86,7 +86,7 @@ def test_the_simulator_parses_whatever_is_rendered(start: tuple) -> None:  # typ
     assert options.served_model_name == [args.model]
     assert options.task == args.task.value.lower()
     assert options.max_num_seqs == args.engine.max_num_seqs
-    assert len(options.lora_modules) == len(launch.adapters)
+    assert options.enable_lora == (args.engine.lora is not None)
 
 
 def test_the_simulator_s_options_are_its_command_line_s() -> None:

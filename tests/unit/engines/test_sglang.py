@@ -9,7 +9,6 @@ from tests.unit.engines import support
 
 from modelfleet_serving import engines
 from modelfleet_serving.contract import (
-    Adapter,
     ApplicationArgs,
     EngineMemory,
     EngineSettings,
@@ -100,12 +99,11 @@ def test_prefill_sizes_have_two_names() -> None:
 
 def test_the_base_model_needs_a_place_among_the_adapters() -> None:
     engine = EngineSettings(type="SGLang", lora=LoraSettings(max_loras=2, max_cpu_loras=2, max_rank=24))
-    args = support.application(engine, adapters=[Adapter(name="a", source="file:///a")])
-    command = SGLANG.command(args, support.launch(adapters={"a": "/a"}))
+    command = SGLANG.command(support.application(engine), support.launch())
     assert {"--enable-lora", "--max-loras-per-batch=3", "--max-loaded-loras=3", "--max-lora-rank=24"} <= set(
         command
     )
-    assert command[command.index("--lora-paths") + 1] == '{"lora_name":"a","lora_path":"/a"}'
+    assert command[command.index("--lora-target-modules") + 1] == "all"
 
 
 def test_an_embedding_model_is_announced_unless_the_user_objects() -> None:

@@ -12,7 +12,6 @@ from tests.unit.engines import support
 
 from modelfleet_serving import engines, environments
 from modelfleet_serving.contract import (
-    Adapter,
     ApplicationArgs,
     EngineMemory,
     EngineSettings,
@@ -77,9 +76,7 @@ def test_whatever_is_rendered_has_options_that_vllm_declares(start: tuple[Applic
     assert parsed.max_model_len == args.engine.max_model_len
     assert parsed.tensor_parallel_size == args.engine.tensor_parallel_size
     assert parsed.enable_prefix_caching == args.engine.prefix_caching
-    assert [json.loads(item) for item in parsed.lora_modules or []] == [
-        {"name": name, "path": path} for name, path in launch.adapters.items()
-    ]
+    assert bool(parsed.enable_lora) == (args.engine.lora is not None)
 
 
 @pytest.mark.engine
@@ -100,7 +97,7 @@ def test_vllm_itself_parses_whatever_is_rendered() -> None:
             batch.append(arguments(VLLM.command(*start)))
 
     collect()
-    batch.append(arguments(VLLM.command(everything(), support.launch(adapters={"a": "/a"}))))
+    batch.append(arguments(VLLM.command(everything(), support.launch())))
     script = Path(__file__).with_name("vllm_parser.py")
     result = subprocess.run(
         [python, script], input=json.dumps(batch), capture_output=True, text=True, timeout=110, check=False
@@ -134,7 +131,7 @@ def everything() -> ApplicationArgs:
         trust_remote_code=True,
         args={"seed": 1},
     )
-    return support.application(engine, adapters=[Adapter(name="a", source="file:///a")])
+    return support.application(engine)
 
 
 def test_a_plain_start_on_a_cpu() -> None:
@@ -183,13 +180,12 @@ def test_a_size_in_bytes_takes_the_place_of_the_cpu_share() -> None:
     assert not any(item.startswith("--gpu-memory-utilization") for item in command)
 
 
-def test_adapters_turn_lora_on_even_without_settings() -> None:
-    args = support.application(ENGINE, adapters=[Adapter(name="a", source="file:///a")])
-    facts = support.launch(adapters={"a=b": "/a"})
-    command = VLLM.command(args, facts)
-    assert "--enable-lora" in command
-    assert command[command.index("--lora-modules") + 1] == '{"name":"a=b","path":"/a"}'
-    assert VLLM.environment(args, facts)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+def test_with_lora_it_takes_adapters_while_it_runs() -> None:
+    args = support.application(EngineSettings(type="vLLM", lora=LoraSettings(max_loras=2)))
+    assert {"--enable-lora", "--max-loras=2"} <= set(VLLM.command(args, support.launch()))
+    assert VLLM.environment(args, support.launch())["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert VLLM.load_adapter("a", "/a").body == {"lora_name": "a", "lora_path": "/a"}
+    assert 404 in VLLM.unload_adapter("a").success
 
 
 @pytest.mark.parametrize("task", [Task.EMBED, Task.RERANK, Task.SCORE, Task.CLASSIFY])
@@ -217,7 +213,7 @@ def test_pooling_tasks_start_the_pooling_runner(task: Task) -> None:
         (
             {"args": {"limit-mm-per-prompt.image": 2}},
             "engine.args.limit-mm-per-prompt.image",
-            "multimodalLimits",
+            "engine.multimodal",
         ),
         ({"args": {"--seed": 5}}, "engine.args.--seed", "without leading dashes"),
         ({"args": {"seed": 1, "no-seed": True}}, "engine.args.no-seed", "same option as engine.args.seed"),
@@ -226,7 +222,7 @@ def test_pooling_tasks_start_the_pooling_runner(task: Task) -> None:
         ({"args": {"middleware": ["--port"]}}, "engine.args.middleware", "begin with a dash"),
         ({"args": {"api-key": "s"}}, "engine.args.api-key", "the router"),
         ({"env": {"VLLM_API_KEY": "s"}}, "engine.env.VLLM_API_KEY", "the router"),
-        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "2"}}, "engine.env.VLLM_CPU_KVCACHE_SPACE", "kvCacheMemoryBytes"),
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "2"}}, "engine.env.VLLM_CPU_KVCACHE_SPACE", "kvCacheMemory"),
         (
             {"chunked_prefill": False, "max_num_batched_tokens": 100, "max_model_len": 200},
             "engine.maxNumBatchedTokens",

@@ -15,10 +15,11 @@ from modelfleet_operator.pending import PendingTracker
 from modelfleet_operator.planner.capacity import Demand, GroupCapacity
 from modelfleet_operator.planner.inputs import node_template, pool_view
 from modelfleet_operator.planner.types import AcceleratorGroup, NodeCapacity
+from modelfleet_operator.reconcile.applications import Application, ApplicationState, application_args
 from modelfleet_operator.reconcile.claims import Claims
 from modelfleet_operator.reconcile.nodes import accelerator_rows as rows_of
 from modelfleet_operator.reconcile.nodes import alive_by_group, free_column, observed_view
-from modelfleet_operator.reconcile.observed import Observed, PoolSight
+from modelfleet_operator.reconcile.observed import Observed, PoolSight, Revision
 from modelfleet_operator.reconcile.planning import PoolPlanner
 from modelfleet_operator.reconcile.ray_cluster import differs, engine_images, ray_cluster
 from modelfleet_operator.settings import Settings, SettingsError
@@ -111,6 +112,24 @@ class TestPlanner:
         planner.forget(first.key)
         assert planner.plan({}, {}, {}) == {second.key}
         assert planner.results[second.key]["a"].fits
+
+    def test_what_a_removed_variant_holds_is_not_planned_with_until_it_is_gone(self) -> None:
+        planner = PoolPlanner()
+        planner.set_view(pool_view(pool({"type": "A10", "gpusPerNode": 1, "maxNodes": 1})), declared=True)
+        before = deployment()
+        planner.plan({before.key: before}, {}, {})
+        planned = planner.results[before.key]["a"].plan
+        assert planned is not None
+        config = Application(
+            application_args(before, before.spec.variants[0], planned, "http://r"), 1
+        ).config()
+        running = ApplicationState("default.m.a.123456", "RUNNING", config=config, total_replicas=1)
+        seen = {before.key: Observed({"a": {"123456": Revision(running)}})}
+        renamed = deployment(variants=[{"name": "b", "accelerators": [{"type": "A10"}]}])
+        planner.plan({renamed.key: renamed}, {}, seen)
+        assert planner.results[renamed.key]["b"].reason == "AcceleratorsNotFree"
+        planner.plan({renamed.key: renamed}, {}, {})
+        assert planner.results[renamed.key]["b"].fits
 
     @settings(max_examples=40, deadline=None)
     @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=25))

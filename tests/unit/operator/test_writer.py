@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Self
 
+import pytest
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 
 from modelfleet_operator.api import FINALIZER
-from modelfleet_operator.clients.kube import MODEL_DEPLOYMENT, Kind, KubeClient, Object
+from modelfleet_operator.clients.errors import UnavailableError
+from modelfleet_operator.clients.kube import MODEL_DEPLOYMENT, ForbiddenError, Kind, KubeClient, Object
 from modelfleet_operator.events import EventWriter
 from modelfleet_operator.writer import WORKERS, Address, Compose, ObjectWriter
 
@@ -24,6 +26,8 @@ class Api(KubeClient):
         self.written: list[tuple[str, str]] = []
         self.status: dict[str, dict[str, Any]] = {}
         self.slow: dict[str, asyncio.Event] = {}
+        self.errors: list[Exception] = []
+        """Answers to the next writes."""
         self.busy: set[str] = set()
 
     async def apply(self, kind: Kind, body: Mapping[str, Any], *, subresource: str = "") -> Object:
@@ -34,6 +38,8 @@ class Api(KubeClient):
             await gate.wait()
         await asyncio.sleep(0)
         self.busy.discard(name)
+        if self.errors:
+            raise self.errors.pop()
         self.written.append((name, subresource))
         if subresource:
             self.status[name] = body["status"]
@@ -113,3 +119,12 @@ async def test_a_state_that_stays_is_written_though_it_was_to_be_overtaken() -> 
     async with Running("m") as running:
         running.writer.set_status(address("m"), status("passing"), passing=True)
         await running.until("m", "passing")
+
+
+@pytest.mark.parametrize("error", [ForbiddenError("no role is known yet"), UnavailableError("429")])
+async def test_a_refusal_that_passes_loses_no_status(error: Exception) -> None:
+    async with Running("m", finalizer=False) as running:
+        running.api.errors = [error]
+        running.writer.set_status(address("m"), status("said"))
+        await running.until("m", "said")
+        assert running.api.written == [("m", ""), ("m", "status")]

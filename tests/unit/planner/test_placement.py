@@ -237,3 +237,27 @@ def test_a_checkpoint_that_breaks_the_arithmetic_keeps_no_other_from_its_plan() 
     assert results["a"].reason == "PlannerFailed"
     assert not results["a"].retryable
     assert results["b"].fits
+
+
+@pytest.mark.parametrize(
+    ("engine", "args", "env", "words"),
+    [
+        ("vLLM", {"port": 1}, {}, ("engine.args.port", "the platform")),
+        ("vLLM", {"tensor_parallel_size": 2}, {}, ("engine.args.tensor_parallel_size", "tensorParallelSize")),
+        ("vLLM", {"no-enable-prefix-caching": True}, {}, ("engine.prefixCaching",)),
+        ("vLLM", {"limit-mm-per-prompt.image": 2}, {}, ("engine.multimodal",)),
+        ("vLLM", {}, {"VLLM_API_KEY": "geheim"}, ("engine.env.VLLM_API_KEY", "the router")),
+        ("SGLang", {"mem-fraction-static": 0.9}, {}, ("engine.gpuMemoryPercent",)),
+    ],
+)
+def test_options_that_something_else_sets_are_refused_before_a_node_is_bought(
+    engine: str, args: dict[str, object], env: dict[str, str], words: tuple[str, ...]
+) -> None:
+    unread = ModelUnavailable("UnsupportedSource", "oci://", unseen=True)
+    settings = EngineSettings(type=engine, args=args, env=env)
+    for model in (unread, LLAMA, None):
+        result = plan_variant(VariantRequest(model, engine=settings), pool("A100-80G"))
+        assert result.reason == "EngineSettingsReserved"
+        assert all(word in result.message for word in words)
+        assert "geheim" not in result.message
+        assert not result.retryable

@@ -55,6 +55,14 @@ class TestRevision:
         assert len({of(changed(**s), "a") for s in specs}) == len(specs)
         assert of(deployment(model={"source": "hf://o/other"}), "a") != of(deployment(), "a")
 
+    def test_adapters_change_it_with_the_first_and_the_last_alone(self) -> None:
+        many = [{"name": f"l{n}", "source": f"hf://o/l{n}"} for n in range(9)]
+        revisions = [of(deployment(adapters=many[:n]), "a") for n in range(10)]
+        assert len(set(revisions[1:])) == 1
+        assert revisions[0] != revisions[1]
+        lora = [of(deployment(adapters=many[:n], engine={"lora": {"maxRank": 32}}), "a") for n in range(10)]
+        assert len(set(lora)) == 1, "an engine with LoRA has room for the first one, too"
+
     def test_numbers_of_the_plan_do_not(self) -> None:
         resource = deployment()
         variant = resource.spec.variants[0]
@@ -309,3 +317,51 @@ def test_whatever_happens_it_ends_as_wanted(events: list[Any]) -> None:
     running = {n: a.config for n, a in world.apps.items()}
     settle(world, resource, PLANS)
     assert {n: a.config for n, a in world.apps.items()} == running
+
+
+class TestAdapters:
+    @staticmethod
+    def serving(*names: str) -> ModelDeployment:
+        adapters = [{"name": name, "source": f"file:///{name}"} for name in names]
+        return deployment(adapters=adapters, engine={"lora": {}}, variants=[{"name": "a"}])
+
+    def test_a_further_one_reaches_the_replicas_that_run(self) -> None:
+        world = World()
+        settle(world, self.serving("x"), PLANS)
+        (app,) = world.apps.values()
+        before, app.adapters = app.config["args"], ["x"]
+        decision = step(world, self.serving("x", "y"), PLANS)
+        assert (decision.variants[0].reason, decision.variants[0].message) == ("LoadingAdapters", "y")
+        assert condition(decision, "Serving")[0] == "True"
+        assert condition(decision, "Ready") == ("False", "LoadingAdapters")
+        assert world.apps.keys() == {decision.applications[0].name}, "no other revision"
+        assert app.config["args"] == before, "or Serve starts the replicas anew"
+        (running,) = app.config["deployments"]
+        assert [a["name"] for a in running["user_config"]["adapters"]] == ["x", "y"]
+        app.adapters = ["x", "y"]
+        assert condition(step(world, self.serving("x", "y"), PLANS), "Ready")[0] == "True"
+
+    def test_one_that_does_not_load_is_named(self) -> None:
+        world = World()
+        settle(world, self.serving("x", "y"), PLANS)
+        (app,) = world.apps.values()
+        app.adapters, app.problems = ["x"], {"y": "there is no /y on this node", "gone": "of before"}
+        decision = step(world, self.serving("x", "y"), PLANS)
+        assert decision.variants[0].reason == "AdapterNotLoaded"
+        assert decision.variants[0].message == "adapter y: there is no /y on this node"
+        assert condition(decision, "Serving")[0] == "True"
+
+    def test_an_old_revision_keeps_its_own(self) -> None:
+        world = World()
+        settle(world, self.serving("x"), PLANS)
+        (old,) = world.apps
+        changed = deployment(
+            adapters=[{"name": "y", "source": "file:///y"}],
+            engine={"lora": {}, "maxModelLen": 512},
+            variants=[{"name": "a"}],
+        )
+        step(world, changed, PLANS)
+        configs = {name: app.config["deployments"][0]["user_config"] for name, app in world.apps.items()}
+        assert [a["name"] for a in configs.pop(old)["adapters"]] == ["x"]
+        (new,) = configs.values()
+        assert [a["name"] for a in new["adapters"]] == ["y"]

@@ -53,6 +53,8 @@ def plan(accelerator: str = "A10", **fields: Any) -> PlanResult:
 class App:
     config: dict[str, Any]
     replicas: list[EndpointState]
+    adapters: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
     deleting: bool = False
 
     @property
@@ -91,6 +93,8 @@ class World:
                 url="http://127.0.0.1:2",
                 state=state,
                 sequence=1,
+                adapters=app.adapters,
+                adapter_problems=app.problems,
             )
             for name, app in self.apps.items()
             for i, state in enumerate(app.replicas)

@@ -15,7 +15,9 @@ from tests.unit.router.harness import (
     Harness,
     Received,
     answer_json,
+    answer_status,
     chunk,
+    die,
     event,
     hang,
     harness,
@@ -291,3 +293,105 @@ async def test_access_log_names_everything_but_the_key(tmp_path: Path) -> None:
     assert lines[0]["client"].startswith("127.0.0.1:")
     assert KEY not in log.read_text()
     assert "wrong-key" not in log.read_text()
+
+
+async def test_a_mounted_secret_is_followed_while_requests_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes swaps ``..data``: every moment has the old keys or the new ones."""
+    monkeypatch.setattr("modelfleet_serving.router.tenancy.POLL_SECONDS", 0.01)
+
+    def version(number: int, **files: str) -> None:
+        directory = tmp_path / f"..v{number}"
+        directory.mkdir()
+        for name, text in files.items():
+            (directory / name).write_text(text)
+        (tmp_path / "..new").symlink_to(directory.name)
+        (tmp_path / "..new").replace(tmp_path / "..data")
+
+    def entry(*keys: str, **more: Any) -> str:
+        return yaml.safe_dump({"hashes": [hash_key(key) for key in keys], **more})
+
+    version(1, team=entry(KEY, models=["m"]))
+    (tmp_path / "team").symlink_to("..data/team")
+    async with harness(tenants=str(tmp_path)) as router:
+        engine = await _ready(router)
+        engine.handler = hang
+        running = await router.client()
+        running.send(post(headers=_auth()))
+        await until(lambda: engine.requests)
+        assert (await router.ask(post(headers=_auth(OTHER)))).status == 401
+        engine.handler = answer_json
+        for number, text, old, new in (
+            (2, entry(KEY, OTHER), 200, 200),  # both while one is exchanged for the other
+            (3, "hash: [", 200, 200),  # a fault changes nothing
+            (4, entry("no-key", models="*"), 200, 200),
+            (5, entry(OTHER), 401, 200),
+        ):
+            version(number, team=text)
+            await _until_statuses(router, {KEY: old, OTHER: new})
+        (tmp_path / "second").symlink_to("..data/second")
+        version(6, team=entry(OTHER, models=["other"]), second=entry(KEY, name="b"))
+        await _until_statuses(router, {KEY: 200, OTHER: 403})
+        assert router.worker.active  # what ran, runs
+        await running.close()
+
+
+async def _until_statuses(router: Harness, expected: dict[str, int]) -> None:
+    deadline = asyncio.get_running_loop().time() + 5
+    while True:
+        found = {key: (await router.ask(post(headers=_auth(key)))).status for key in expected}
+        if found == expected:
+            break
+        assert asyncio.get_running_loop().time() < deadline, (found, expected)
+    for _ in range(5):  # and it stays
+        await asyncio.sleep(0.02)
+        assert {key: (await router.ask(post(headers=_auth(key)))).status for key in expected} == expected
+
+
+async def test_no_end_of_a_request_leaks_its_place(tmp_path: Path) -> None:
+    """Disconnects in each state, retries, errors, refusals: afterwards the tenant has all of its places."""
+    async with harness(
+        tenants=_keys(tmp_path / "keys.yaml", concurrency=3, requestsPerMinute=10_000),
+        first_byte_timeout=0.1,
+        max_attempts=2,
+    ) as router:
+        engine = await _ready(router)
+
+        async def dies_later(one: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+            writer.write(SSE_HEAD + chunk(event({"n": 1})))
+            await writer.drain()
+            writer.transport.abort()
+
+        for handler in (answer_json, hang, die, dies_later, answer_status(500), answer_status(429)):
+            engine.handler = handler
+            answer = await router.ask(post(headers=_auth(), stream=True))
+            assert answer.status in (200, 429, 500, 502, 503, 504)
+            for leaves in range(3):
+                client = await router.client()
+                client.send(post(headers=_auth(), stream=True))
+                if leaves:
+                    await asyncio.sleep(0.01 * leaves)
+                await client.close()
+        for body in (b"{", b'{"model": "none"}', b'{"model": "m:none"}', b"[]"):
+            assert (await router.ask(post(body=body, headers=_auth()))).status in (400, 404)
+        table = model(bf16=[engine], queue={"maxRequests": 2, "timeoutSeconds": 0.1})
+        table["variants"][0]["endpoints"][0]["state"] = "Starting"
+        await router.table(table)
+        waiting = [asyncio.create_task(router.ask(post(headers=_auth()))) for _ in range(3)]
+        assert sorted([(await task).status for task in waiting]) == [429, 504, 504]
+        await until(lambda: not router.worker.active)
+        assert not any(router.hub.counters.running)
+        assert not any(router.hub.counters.cells)
+        assert not any(router.hub.counters.reading)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"), [("5", 200), ("-5", 200), ("HIGH", 200), ("6", 400), ("1.5", 400), ("", 400)]
+)
+async def test_a_priority_is_read_whether_or_not_the_request_waits(
+    router: Harness, asked: str, status: int
+) -> None:
+    await _ready(router)
+    answer = await router.ask(post(headers={"x-modelfleet-priority": asked}))
+    assert answer.status == status

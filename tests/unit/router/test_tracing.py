@@ -11,7 +11,6 @@ import aiohttp.web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tests.unit.router.harness import Harness, answer_status, die, harness, model, post, stream, until
 
-
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
