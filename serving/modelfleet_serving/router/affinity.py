@@ -10,7 +10,7 @@ Interface::
     if prompt is not None:
         endpoint = affinity.choose(group, prompt)           # None when all are full
         affinity.record(prompt)                             # at dispatch: a burst stays together
-        pending_cells[endpoint.cell] += reading_kib(body, prompt.size, prompt.held)   # until the first byte
+        pending_cells[endpoint.cell] += unread_kib(readable, prompt.size, prompt.held)   # until the first byte
 
 (:class:`modelfleet_serving.router.choice.Selector` does the choosing and recording.)
 
@@ -44,7 +44,7 @@ from modelfleet_serving.router.policy.load import (
     SharedLoadView,
     prompt_kib,
     readable_bytes,
-    reading_kib,
+    unread_kib,
 )
 from modelfleet_serving.router.policy.prefix_table import DEFAULT_BYTES, PrefixTable
 
@@ -59,8 +59,8 @@ __all__ = [
     "fingerprint",
     "prompt_kib",
     "readable_bytes",
-    "reading_kib",
     "seed_of",
+    "unread_kib",
 ]
 
 _WORTHWHILE: Final = 4096

@@ -15,7 +15,7 @@ Interface::
         endpoint = selector.pick(variant.pool, prompt=prompt, session=session, exclude=tried)
         if endpoint is not None:
             cells[endpoint.cell] += 1             # count before dispatch
-            # and count reading_kib(...) as pending until the first byte of the answer
+            # and count unread_kib(...) as pending until the first byte of the answer
             break
 
 **Variant.** A pin takes that variant alone. Otherwise the weights decide, exactly over time. When the chosen

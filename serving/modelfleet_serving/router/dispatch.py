@@ -12,7 +12,7 @@ from modelfleet_serving.router.affinity import (
     PrefixTable,
     SharedLoadView,
     fingerprint,
-    reading_kib,
+    unread_kib,
 )
 from modelfleet_serving.router.choice import Selector, session_key
 from modelfleet_serving.router.health import Circuit, Failure, State, limit_of
@@ -108,7 +108,9 @@ class Dispatcher:
         target = exchange.target
         if peek is not None and exchange.operation.generates and target.model.affinity is Affinity.PREFIX:
             raw = peek.messages or peek.prompt or peek.input
-            exchange.prompt = fingerprint(raw, target.seed(exchange.salt), (peek.tools, peek.system))
+            tools, system = peek.tools, peek.system
+            before = (tools, system) if tools or system else ()
+            exchange.prompt = fingerprint(raw, target.seed(exchange.salt), before)
         return exchange.prompt
 
     def alternative(self, exchange: Exchange) -> EndpointRef | None:
@@ -128,8 +130,8 @@ class Dispatcher:
         """Counts a request on its engine before it is sent there: the next choice sees it."""
         self._cells[endpoint.cell] += 1
         prompt = exchange.prompt
-        body = exchange.request.body
-        kib = reading_kib(body) if prompt is None else reading_kib(body, prompt.size, prompt.held)
+        readable = exchange.readable
+        kib = unread_kib(readable) if prompt is None else unread_kib(readable, prompt.size, prompt.held)
         if kib:
             exchange.reading = kib
             self._reading[endpoint.cell] += kib

@@ -46,10 +46,15 @@ def readable_bytes(body: bytes) -> int:
     return size - media * size // len(places) * (_MEDIA - 1) // _MEDIA
 
 
-def reading_kib(body: bytes, size: int = 0, held: int = 0) -> int:
-    """KiB that an engine has to read of a request; of its prompt of ``size`` bytes it holds ``held``."""
-    read = readable_bytes(body)
-    return prompt_kib(read - read * held // size if size else read)
+def unread_kib(readable: int, size: int = 0, held: int = 0) -> int:
+    """KiB that an engine has to read of a request; of its prompt of ``size`` bytes it holds ``held``.
+
+    Args:
+        readable: Of the whole body, from :func:`readable_bytes`.
+        size: Of the prompt, 0 when it isn't known.
+        held: Bytes of the prompt in the engine's cache.
+    """
+    return prompt_kib(readable - readable * held // size if size else readable)
 
 
 FULL: Final = math.inf
