@@ -5,7 +5,7 @@ PYTEST := $(PY) -m pytest
 BENCHES := router operator registry simulator
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-cluster test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
+.PHONY: help venv demo demo-cluster record-demo test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
 .PHONY: test-chart test-engine generate-install
 .PHONY: bench bench-venv bench-router bench-operator soak-router
 
@@ -20,6 +20,9 @@ demo: venv ## Serve a real small model in two quantization variants on this mach
 
 demo-cluster: venv ## The demo through kubectl: a real control plane, the operator, local Ray, the real engine.
 	@$(PY) scripts/demo_cluster.py
+
+record-demo: venv ## Record demo-cluster anew: docs/demo-cluster.cast and .svg (needs npm).
+	@$(PY) scripts/record_demo.py
 
 test: venv lint test-unit test-engine test-ray test-e2e test-controlplane test-chart ## Everything, as CI runs it.
 

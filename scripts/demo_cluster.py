@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,10 +64,11 @@ def demo() -> bool:
     install_engine()
     write_file("demo-cluster", HINT)
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelfleet-demo-")))
         try:
             step("starting: the control plane, CRDs, Ray, the registry, the router, the operator")
             plane = stack.enter_context(ControlPlane())
+            directory = plane.work / "demo"  # goes with it, also when this script is killed
+            directory.mkdir()
             plane.kubectl("create", "namespace", NAMESPACE)
             platform = ClusterPlatform(plane, directory, namespace=NAMESPACE, listen=listen, say=print)
             stack.enter_context(platform)

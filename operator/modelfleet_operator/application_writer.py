@@ -32,6 +32,8 @@ class ApplicationWriter:
     config: FleetConfig
     sight: PoolSight
     leadership: Leadership
+    blocked: bool = False
+    """Whether the last write was left to another operator."""
     _written: set[str] = field(default_factory=set)
     """Applications that Ray was last known to run by our doing."""
 
@@ -52,7 +54,8 @@ class ApplicationWriter:
             ClientError: Ray can't be reached or refuses.
         """
         difference = self.difference(dirty)
-        if not difference or self._others_at_work():
+        self.blocked = bool(difference) and self._others_at_work()
+        if not difference or self.blocked:
             return False
         log.info("pool %s: %d applications set, %d removed", self.pool, len(difference.set),
                  len(difference.removed))  # fmt: skip

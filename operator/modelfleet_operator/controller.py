@@ -45,6 +45,8 @@ APPLICATIONS_PER_SECOND: Final = 200
 REGISTRY_WAIT_SECONDS: Final = 25.0
 REGISTRY_PAUSE_SECONDS: Final = 0.2
 """Least time between two looks at the registry: what changes in between is taken in at once."""
+ENDPOINTS_PER_SECOND: Final = 5000
+"""The same for its answer, which all endpoints are in."""
 RETRY_SECONDS: Final = 2.0
 GATHER_SECONDS: Final = 0.05
 """Changes that come together make one step and one PUT."""
@@ -231,7 +233,7 @@ class PoolController:
                 continue
             if state is not None:
                 self._see_registry(state)
-                await asyncio.sleep(REGISTRY_PAUSE_SECONDS)
+                await asyncio.sleep(max(REGISTRY_PAUSE_SECONDS, len(state.endpoints) / ENDPOINTS_PER_SECOND))
 
     def _see_registry(self, state: RegistryState | None) -> None:
         self.registry_state = state
@@ -251,7 +253,7 @@ class PoolController:
             if key is not None and self._needs.get(key) != needs(self.deployments[key], self._observed(key)):
                 changed.add(key)
         self.routes.see(state.routes if state else None)
-        if changed or self.routes.due or (state and state.warming and self._wants_nothing()):
+        if changed or self._dirty or self.routes.due or (state and state.warming and self._wants_nothing()):
             self._mark(changed)
 
     async def _loop(self) -> None:
@@ -408,6 +410,8 @@ class PoolController:
 
     async def _put_applications(self, dirty: set[str]) -> None:
         if not await self._applications.write(dirty):
+            if self._applications.blocked:
+                self._dirty |= dirty
             return
         self._pause = PROGRESS_SECONDS
         self._looked = time.monotonic()

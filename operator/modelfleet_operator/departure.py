@@ -35,8 +35,8 @@ async def leave(
         tools: the writer that releases it, and how long to wait.
         runners: the pools at work now.
     """
-    deadline = _deletion_time(entry.body) + _drain_seconds(entry, tools.settings)
     waited = time.monotonic()
+    deadline = waited + _patience(entry, tools.settings)
     while not entry.gone.is_set():
         why = _reason_to_let_go(entry, runners(), tools.settings, waited, deadline)
         if why:
@@ -46,6 +46,9 @@ async def leave(
             await asyncio.wait_for(entry.gone.wait(), LEAVE_POLL_SECONDS)
         except TimeoutError:
             continue
+    if entry.runner is not None and entry.runner in runners():
+        # Else whoever deletes the pool next is told that this one still uses it.
+        await entry.runner.leave_told(key)
     await tools.writer.release(address_of(MODEL_DEPLOYMENT, key))
 
 
@@ -59,15 +62,16 @@ def _reason_to_let_go(
     lost = min(runner.lost_seconds(), time.monotonic() - since)
     if lost >= settings.let_go_seconds:
         return f"Ray or the registry of pool {runner.pool.key} has been away for {lost:.0f} s"
-    if datetime.now(UTC).timestamp() > deadline:
+    if time.monotonic() > deadline:
         return "it did not drain in time"
     return ""
 
 
-def _drain_seconds(entry: SeenDeployment, settings: Settings) -> float:
+def _patience(entry: SeenDeployment, settings: Settings) -> float:
+    """Seconds that are left to drain in; never more than the whole time, whatever the clocks say."""
     rollout = entry.body.get("spec", {}).get("rollout", {})
-    drain = duration_seconds(str(rollout.get("drainTimeout", DEFAULT_DRAIN)))
-    return drain + settings.drain_margin_seconds
+    drain = duration_seconds(str(rollout.get("drainTimeout", DEFAULT_DRAIN))) + settings.drain_margin_seconds
+    return min(_deletion_time(entry.body) + drain - datetime.now(UTC).timestamp(), drain)
 
 
 def _deletion_time(body: Object) -> float:

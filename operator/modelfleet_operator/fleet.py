@@ -28,7 +28,7 @@ from modelfleet_operator.pool_access import dashboard_of
 from modelfleet_operator.pools import PoolRunner, Tools
 from modelfleet_operator.reconcile.claims import Claims
 from modelfleet_operator.reports import Report
-from modelfleet_operator.seen import SeenDeployment, SeenPool, address_of, is_older, is_same, key_of
+from modelfleet_operator.seen import SeenDeployment, SeenPool, address_of, is_same, is_stale, key_of
 from modelfleet_operator.statuses import (
     refuse_deployment,
     refuse_pool,
@@ -65,24 +65,29 @@ class Fleet:
         Raises:
             ClientError: the API server can't be reached.
         """
+        began = time.monotonic()
         pools, deployments = await self._list(SERVING_POOL), await self._list(MODEL_DEPLOYMENT)
         for body in pools:
-            self._guarded(self._take_pool, body)
+            self._guarded(self._take_pool, body, began)
         for body in deployments:
-            self._guarded(self._take_deployment, body)
-        # Before any pool starts: it removes what it does not know.
-        for key in self._deployments.keys() - {key_of(b) for b in deployments}:
-            self._forget_deployment(key)
-        for key in self._pools.keys() - {key_of(b) for b in pools}:
-            self._forget_pool(key)
+            self._guarded(self._take_deployment, body, began)
+        # Before any pool starts: it removes what it does not know. What was seen since may be newer.
+        listed = {key_of(body) for body in deployments}
+        for key, entry in list(self._deployments.items()):
+            if key not in listed and entry.at < began:
+                self._forget_deployment(key)
+        listed = {key_of(body) for body in pools}
+        for key, pool in list(self._pools.items()):
+            if key not in listed and pool.at < began:
+                self._forget_pool(key)
         self.synced = True
         for pool in self._pools.values():
             self._start(pool)
 
-    def _guarded(self, take: Callable[..., None], body: Object) -> None:
+    def _guarded(self, take: Callable[[Object, float], None], body: Object, began: float) -> None:
         """Take a listed object in; a fault that it brings to light must not end the work on all others."""
         try:
-            take(body, authoritative=True)
+            take(body, began)
         except Exception:
             ERRORS.labels(reason="InternalError").inc()
             log.exception("%s %s can't be taken in", body["kind"], key_of(body))
@@ -135,20 +140,21 @@ class Fleet:
         else:
             self._take_deployment(body)
 
-    def _take_deployment(self, body: Object, *, authoritative: bool = False) -> None:
+    def _take_deployment(self, body: Object, listed: float | None = None) -> None:
         key = key_of(body)
         before = self._deployments.get(key)
+        if before is not None and is_stale(body, before, listed):
+            return
         if before is not None and before.body["metadata"]["uid"] != body["metadata"]["uid"]:
             self._forget_deployment(key)
             before = None
-        if before is not None and is_older(body, before.body):
-            return
+        authoritative = listed is not None
         self.tools.writer.saw(MODEL_DEPLOYMENT, body, authoritative=authoritative)
         if before is not None and not authoritative and is_same(body, before.body):
-            before.body = body
+            before.take(body)
             return
         entry = before or SeenDeployment(body, None)
-        entry.body = body
+        entry.take(body)
         self._deployments[key] = entry
         if entry.deleting:
             self._withdraw(key, entry)
@@ -288,20 +294,21 @@ class Fleet:
         else:
             self._take_pool(body)
 
-    def _take_pool(self, body: Object, *, authoritative: bool = False) -> None:
+    def _take_pool(self, body: Object, listed: float | None = None) -> None:
         key = key_of(body)
         before = self._pools.get(key)
+        if before is not None and is_stale(body, before, listed):
+            return
         if before is not None and before.body["metadata"]["uid"] != body["metadata"]["uid"]:
             self._forget_pool(key)
             before = None
-        if before is not None and is_older(body, before.body):
-            return
+        authoritative = listed is not None
         self.tools.writer.saw(SERVING_POOL, body, authoritative=authoritative)
         if before is not None and not authoritative and is_same(body, before.body):
-            before.body = body
+            before.take(body)
             return
         pool = before or SeenPool(body, None)
-        pool.body = body
+        pool.take(body)
         self._pools[key] = pool
         self._parse_pool(pool)
         self._connect(key, pool)

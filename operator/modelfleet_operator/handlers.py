@@ -8,12 +8,16 @@ own off whatever has no handler that needs one.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any, Final, cast
 
 import kopf
 
 from modelfleet_operator.api import GROUP, VERSION
 from modelfleet_operator.fleet import Fleet
+
+LONGEST_PAUSE: Final = 2.0
 
 
 def handlers() -> kopf.OperatorRegistry:
@@ -33,6 +37,17 @@ def handlers() -> kopf.OperatorRegistry:
         memo.saw_deployment(event["type"], event["object"])
 
     return registry
+
+
+class _Pauses:
+    """Seconds between two tries of a call, without an end: after its own, kopf and the operator give up.
+
+    An API server may be away for longer, and when it is back nobody shall wait for half a minute.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (0.5, 1.0)
+        yield from repeat(LONGEST_PAUSE)
 
 
 class _NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]  # published without types
@@ -58,6 +73,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
     settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = _Pauses()
     # A worker waits for more events of its object before it ends: a limit would let so many objects through
     # in that time and no more.
     settings.queueing.worker_limit = None

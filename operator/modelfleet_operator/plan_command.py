@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from pydantic import TypeAdapter, ValidationError
+
 from modelfleet_operator.api import InvalidResourcesError, ModelDeployment, ServingPool
+from modelfleet_operator.api.model_deployment import Source
 from modelfleet_operator.catalog.accelerators import accelerators
 from modelfleet_operator.clients.model_hub import ModelHub
 from modelfleet_operator.local_store import load
@@ -67,6 +71,9 @@ class PlanOptions:
 async def run_plan(options: PlanOptions, hub: ModelHub | None = None) -> int:
     """Plan and print; the exit code says whether everything fits."""
     hub = hub or ModelHub()
+    if options.model is not None and (problem := _source_problem(options.model)):
+        sys.stderr.write(f"{problem}\n")
+        return EXIT_INVALID
     try:
         pools = load(options.pool_files).pools if options.pool_files else {}
         if options.model is not None:
@@ -89,6 +96,18 @@ async def run_plan(options: PlanOptions, hub: ModelHub | None = None) -> int:
     if options.model is not None:
         return EXIT_FITS if any(row.result.fits for row in rows) else EXIT_DOES_NOT_FIT
     return EXIT_FITS if all(row.result.fits for row in rows) else EXIT_DOES_NOT_FIT
+
+
+def _source_problem(source: str) -> str:
+    """What is wrong with a source; empty where nothing is."""
+    try:
+        TypeAdapter(Source).validate_python(source)
+    except ValidationError:
+        hint = f"; did you mean hf://{source}?" if re.fullmatch(r"[\w.-]+/[\w.@-]+", source) else ""
+        if Path(source).is_dir():
+            hint = f"; did you mean file://{Path(source).absolute()}?"
+        return f"{source!r} is no source: write hf://org/name, file:///path, s3://, gs://, pvc:// or oci://{hint}"
+    return ""
 
 
 async def _plan_files(

@@ -63,6 +63,9 @@ CLUSTER_SECONDS: Final = 5.0
 TOKEN_SECONDS: Final = 15.0
 NODES_SECONDS: Final = 15.0
 STATUS_SECONDS: Final = 1.0
+LEAVE_SECONDS: Final = 3 * STATUS_SECONDS
+"""How long a ModelDeployment waits at most for the pool's status to forget it."""
+LEAVE_POLL_SECONDS: Final = 0.05
 RETRY_SECONDS: Final = 2.0
 
 
@@ -164,6 +167,16 @@ class PoolRunner:
         if key in self.users:
             self.users.discard(key)
             self._changed.set()
+
+    async def leave_told(self, key: str) -> None:
+        """Count a ModelDeployment no longer, and let the pool's status say so, within a few seconds."""
+        self.leave(key)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while key in self.tools.writer.status_of(self.where).get("usedBy", ()):
+            if time.monotonic() > deadline:
+                log.info("pool %s: its status still names %s", self.pool.key, key)
+                return
+            await asyncio.sleep(LEAVE_POLL_SECONDS)
 
     def set_pool(self, pool: ServingPool) -> bool:
         """Take over what the administrator changed; whether that works without a new connection."""

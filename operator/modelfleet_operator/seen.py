@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class SeenDeployment:
         runner: the pool at work that it is given to.
         gone: set once nothing of it is left in its pool.
         leaving: waits for that, from its deletion on.
+        at: monotonic time at which it was seen.
     """
 
     body: Object
@@ -31,6 +33,11 @@ class SeenDeployment:
     runner: PoolRunner | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: asyncio.Task[None] | None = None
+    at: float = field(default_factory=time.monotonic)
+
+    def take(self, body: Object) -> None:
+        """Take a newer state over."""
+        self.body, self.at = body, time.monotonic()
 
     @property
     def pool_name(self) -> str:
@@ -58,6 +65,7 @@ class SeenPool:
         problems: why it is not accepted; empty where it is.
         runner: what works on it; ``None`` where it is not accepted.
         releasing: takes its finalizer off.
+        at: monotonic time at which it was seen.
     """
 
     body: Object
@@ -65,6 +73,11 @@ class SeenPool:
     problems: str = ""
     runner: PoolRunner | None = None
     releasing: asyncio.Task[None] | None = None
+    at: float = field(default_factory=time.monotonic)
+
+    def take(self, body: Object) -> None:
+        """Take a newer state over."""
+        self.body, self.at = body, time.monotonic()
 
     @property
     def deleting(self) -> bool:
@@ -88,6 +101,14 @@ def is_older(body: Object, known: Object) -> bool:
     new, old = body["metadata"]["resourceVersion"], known["metadata"]["resourceVersion"]
     # Versions of one resource compare as numbers since Kubernetes 1.35; other servers' ones do not count.
     return str(new).isdigit() and str(old).isdigit() and int(new) < int(old)
+
+
+def is_stale(body: Object, known: SeenDeployment | SeenPool, listed: float | None) -> bool:
+    """Whether something newer is known: of an event by its version, of a list by when it began.
+
+    A list also counts where versions went back, as they do when an etcd is restored.
+    """
+    return is_older(body, known.body) if listed is None else known.at >= listed
 
 
 def is_same(body: Object, known: Object) -> bool:

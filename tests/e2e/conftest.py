@@ -37,7 +37,7 @@ kind: ModelDeployment
 metadata: {name: sim}
 spec:
   model: {source: "hf://none/simulated"}
-  engine: {type: Simulator}
+  engine: {type: Simulator, lora: {}}
   variants:
   - name: a
     accelerators: [{type: CPU}]

@@ -16,7 +16,7 @@ from tests.controlplane.bed import CommandError, ControlPlane
 from tests.controlplane.operator.platform import ClusterPlatform
 from tests.e2e.platform import until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.controlplane, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.controlplane, pytest.mark.timeout(180)]
 
 NAMESPACE = "team"
 MODEL = """\

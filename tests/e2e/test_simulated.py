@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import openai
 import pytest
@@ -59,7 +60,7 @@ def test_a_changed_weight_moves_traffic_and_touches_no_engine(simulated: Platfor
 
 def test_a_changed_engine_field_makes_a_new_revision_without_a_lost_request(simulated: Platform) -> None:
     before = simulated.variants()["a"]["revision"]
-    simulated.edit(r"type: Simulator\}", "type: Simulator, maxNumSeqs: 64}")
+    simulated.edit(r"type: Simulator,", "type: Simulator, maxNumSeqs: 64,")
 
     def rolled_out() -> bool:
         assert variant_of(simulated, "sim:a") == "a"
@@ -67,6 +68,36 @@ def test_a_changed_engine_field_makes_a_new_revision_without_a_lost_request(simu
         return row["revision"] != before and row["reason"] == "Serving"
 
     until("the new revision serves", rolled_out, 90)
+
+
+def test_an_adapter_comes_and_goes_and_touches_no_engine(simulated: Platform, tmp_path: Path) -> None:
+    before = {name: row["revision"] for name, row in simulated.variants().items()}
+    good = simulated.file.read_text()
+    simulated.edit(r"  routing:", f"  adapters: [{{name: style, source: 'file://{tmp_path}'}}]\n  routing:")
+
+    def has_it() -> bool:
+        try:
+            return variant_of(simulated, "style") in before
+        except openai.APIStatusError:
+            return False
+
+    until("the adapter answers", has_it, 30)
+    simulated.wait_ready("a", "b", seconds=30)
+    assert "style" in {m.id for m in simulated.client.models.list()}
+    assert {name: row["revision"] for name, row in simulated.variants().items()} == before
+    simulated.edit(str(tmp_path), "/nowhere/at/all")
+    until(
+        "what is wrong is told",
+        lambda: (
+            {(r["reason"], "/nowhere/at/all" in r["message"]) for r in simulated.variants().values()}
+            == {("AdapterNotLoaded", True)}
+        ),
+        30,
+    )
+    assert variant_of(simulated, "sim:a") == "a", "the model serves on"
+    simulated.file.write_text(good)
+    simulated.wait_ready("a", "b", seconds=30)
+    until("the adapter is gone", lambda: "style" not in {m.id for m in simulated.client.models.list()}, 20)
 
 
 def test_a_broken_edit_changes_nothing(simulated: Platform) -> None:

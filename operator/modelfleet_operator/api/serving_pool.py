@@ -11,11 +11,11 @@ from modelfleet_operator.api.base import (
     HELD_BY_SCHEMA,
     ApiModel,
     Duration,
-    Name,
     Quantity,
     Rule,
     memory_rule,
 )
+from modelfleet_operator.api.metadata import ObjectName
 from modelfleet_operator.api.model_deployment import AcceleratorType
 from modelfleet_operator.api.resource import Resource
 from modelfleet_operator.api.status import ServingPoolStatus
@@ -156,7 +156,7 @@ class RayClusterSpec(ApiModel):
     """Lets the head restart without ending the replicas."""
     idle_timeout: Duration = "300s"
     """How long a node above `minNodes` stays without work."""
-    service_account: Name | None = None
+    service_account: ObjectName | None = None
     """ServiceAccount of the pods."""
     env_from_secrets: Annotated[list[Label], Field(max_length=16)] = []
     """Secrets whose keys become environment variables of the nodes: HF_TOKEN and the like."""

@@ -111,6 +111,14 @@ def default_version(engine: str) -> str | None:
     return str(entry["default"]) if entry else None
 
 
+def oldest_version(engine: str) -> str | None:
+    """The oldest version that anything is known of."""
+    entry = _data().get(engine)
+    if entry is None:
+        return None
+    return min((str(v["from"]) for v in entry["versions"]), key=version_key)
+
+
 @cache
 def engine_defaults(engine: str, version: str | None = None) -> EngineDefaults | None:
     """Defaults of a version; of the oldest known for older ones; ``None`` for unknown engines."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import aiohttp
@@ -16,27 +17,24 @@ _ERROR_TAIL: Final = 600
 """Characters of an error's beginning and end: the one tells a page from a traceback, the other says why."""
 
 
+@dataclass
 class JsonClient:
     """Calls one server.
 
-    Args:
+    Attributes:
         session: shared connection pool; its owner closes it.
         address: base URL.
         token: gives the bearer token at each call, so that a rotated one is used at once.
         timeout: seconds for one call.
     """
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        address: str,
-        token: Callable[[], str | None],
-        timeout: float = DEFAULT_TIMEOUT,
-    ) -> None:
-        self._session = session
-        self.address = address.rstrip("/")
-        self._token = token
-        self._timeout = timeout
+    session: aiohttp.ClientSession = field(repr=False)
+    address: str
+    token: Callable[[], str | None] = field(repr=False)
+    timeout: float = DEFAULT_TIMEOUT
+
+    def __post_init__(self) -> None:
+        self.address = self.address.rstrip("/")
 
     async def call(
         self,
@@ -63,12 +61,12 @@ class JsonClient:
             RefusedError: any other 4xx answer.
         """
         headers = {"content-type": "application/json", **(extra or {})}
-        if token := self._token():
+        if token := self.token():
             headers["authorization"] = f"Bearer {token}"
-        limit = aiohttp.ClientTimeout(total=limit_seconds or self._timeout, sock_connect=5)
+        limit = aiohttp.ClientTimeout(total=limit_seconds or self.timeout, sock_connect=5)
         url = self.address + path
         try:
-            async with self._session.request(
+            async with self.session.request(
                 method, url, data=body, params=query, headers=headers, timeout=limit
             ) as answer:
                 content = await answer.read()

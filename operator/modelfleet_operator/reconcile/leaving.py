@@ -6,15 +6,15 @@ would leave clients waiting for as long as the other takes to load.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from modelfleet_operator.api import ModelDeployment
 from modelfleet_operator.planner.types import PlanResult, Rule
-from modelfleet_operator.reconcile.applications import Application
+from modelfleet_operator.reconcile.applications import Application, args_of
 from modelfleet_operator.reconcile.conditions import Finding
-from modelfleet_operator.reconcile.observed import Observed
+from modelfleet_operator.reconcile.observed import Observed, Revision
 from modelfleet_operator.reconcile.rollout import VariantRollout, roll_out
 
 _NO_ROOM: Final = frozenset({Rule.NONE_FREE, Rule.PENDING_TOO_LONG})
@@ -53,9 +53,9 @@ def leaving(
         observed: what runs.
     """
     gone = sorted(observed.variants.keys() - wanted.keys())
-    if not gone or not _needed(deployment, plans, wanted, observed):
-        return Leaving()
     seen = {name: observed.revisions(name) for name in gone}
+    if not gone or not _needed(deployment, plans, wanted, observed, _accelerators(seen)):
+        return Leaving()
     all_on = {name: roll_out(None, found, surge=True, blind=observed.blind) for name, found in seen.items()}
     rollouts = {name: rollout for name, rollout in all_on.items() if rollout.applications}
     ready = tuple(name for name in rollouts if any(r.ready for r in seen[name].values()))
@@ -67,6 +67,7 @@ def _needed(
     plans: Mapping[str, PlanResult],
     wanted: Mapping[str, Application | None],
     observed: Observed,
+    held: Collection[str],
 ) -> bool:
     """Whether clients would miss them: nothing else serves, or something is about to."""
     strategy = deployment.spec.rollout.strategy
@@ -74,7 +75,7 @@ def _needed(
         return False
     if observed.blind:
         return True
-    if strategy == "Auto" and any(_lacks_room(result) for result in plans.values()):
+    if strategy == "Auto" and any(_lacks_room(result, held) for result in plans.values()):
         return False  # they make room
     serves = any(_serves(name, wanted[name], observed) for name in wanted)
     return not serves or any(_comes(name, wanted[name], plans[name], observed) for name in wanted)
@@ -98,8 +99,17 @@ def _comes(name: str, application: Application | None, plan: PlanResult, observe
     return mine.failure is None and not refused
 
 
-def _lacks_room(result: PlanResult) -> bool:
-    return not result.fits and any(r.rule in _NO_ROOM for r in result.rejections)
+def _accelerators(seen: Mapping[str, Mapping[str, Revision]]) -> set[str]:
+    """What they hold."""
+    states = (found.application for revisions in seen.values() for found in revisions.values())
+    return {args.accelerator for state in states if state and (args := args_of(state))}
+
+
+def _lacks_room(result: PlanResult, held: Collection[str]) -> bool:
+    """Whether a variant waits for what others hold."""
+    if result.fits:
+        return False
+    return any(r.rule in _NO_ROOM and r.accelerator in held for r in result.rejections)
 
 
 def said(findings: Sequence[Finding], stay: Leaving) -> tuple[Finding, ...]:

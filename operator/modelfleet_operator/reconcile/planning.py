@@ -8,8 +8,9 @@ are asked again when something was given back.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from modelfleet_operator.api import ModelDeployment, Variant
 from modelfleet_operator.planner import (
@@ -116,8 +117,9 @@ class PoolPlanner:
                 if not any(r.ready for r in seen.revisions(variant.name).values()):
                     self._unplaced.add(pair)
         changed = self._ask(asked)
+        left = cache(lambda: less(self._view, self._all_held()))
         for key, deployment in deployments.items():
-            self.room[key] = self._room(deployment, observed.get(key, Observed()))
+            self.room[key] = self._room(deployment, observed.get(key, Observed()), left)
         return changed
 
     def _hold_leaving(self, key: str, names: Collection[str], observed: Observed) -> None:
@@ -163,11 +165,11 @@ class PoolPlanner:
 
     def _remember(self, pair: Key, request: VariantRequest, result: PlanResult) -> None:
         self._waiting.discard(pair)
-        if result.plan is None:
-            if result.retryable:
-                self._waiting.add(pair)
-        elif request.replicas:
-            self._held[pair] = _Held(result.plan.accelerator, demand_of(result.plan), request.replicas)
+        if result.retryable:
+            self._waiting.add(pair)
+        placed = request.replicas - result.short
+        if result.plan is not None and placed:
+            self._held[pair] = _Held(result.plan.accelerator, demand_of(result.plan), placed)
 
     def _drop(self, pair: Key) -> None:
         self._requests.pop(pair, None)
@@ -176,20 +178,22 @@ class PoolPlanner:
         if self._held.pop(pair, None) is not None:
             self._freed = True
 
-    def _room(self, deployment: ModelDeployment, observed: Observed) -> dict[str, bool]:
+    def _room(
+        self, deployment: ModelDeployment, observed: Observed, left: Callable[[], PoolView]
+    ) -> dict[str, bool]:
         room = {}
         for variant in deployment.spec.variants:
             result = self.results[deployment.key][variant.name]
             if _revision_is_due(deployment, variant, result, observed):
-                room[variant.name] = self._fits_twice((deployment.key, variant.name), result)
+                room[variant.name] = self._fits_twice((deployment.key, variant.name), result, left)
         return room
 
-    def _fits_twice(self, pair: Key, result: PlanResult) -> bool:
+    def _fits_twice(self, pair: Key, result: PlanResult, left: Callable[[], PoolView]) -> bool:
         if result.plan is None:
             return False
         preference = (AcceleratorPreference(result.plan.accelerator),)
         second = replace(self._requests[pair], accelerators=preference, current=None)
-        return _plan({pair: second}, less(self._view, self._all_held()))[pair].fits
+        return _plan({pair: second}, left())[pair].fits
 
 
 def _held_by(application: ApplicationState) -> _Held | None:

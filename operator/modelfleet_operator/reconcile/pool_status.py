@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from modelfleet_operator.api import ServingPool
 from modelfleet_operator.api.status import AcceleratorStatus, Condition, ServingPoolStatus
+from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.reconcile.conditions import Finding, with_times
 from modelfleet_operator.reconcile.nodes import free_column
 
@@ -105,4 +106,7 @@ def pool_status(
 
 def accepted_pool(pool: ServingPool) -> Finding:
     """``Accepted`` of a pool that the schema lets through."""
-    return Finding("Accepted", "True", "Valid", f"{len(pool.spec.accelerators)} accelerator groups")
+    message = f"{len(pool.spec.accelerators)} accelerator groups"
+    if unknown := [g.type for g in pool.spec.accelerators if accelerator(g.type) is None]:
+        message += f"; the catalogue has no {', '.join(unknown)}: only the simulator is planned there"
+    return Finding("Accepted", "True", "Valid", message)

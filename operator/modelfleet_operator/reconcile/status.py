@@ -126,9 +126,9 @@ def _state(
         return result.reason, result.message
     if wanted.replicas == 0:
         return "ScaledToZero", "starts with the next request"
-    if mine is not None and mine.ready >= wanted.replicas and not observed.blind:
+    if mine is not None and mine.ready >= wanted.replicas - result.short and not observed.blind:
         # A registry that has just started gives routers no table yet: ready is not routable.
-        return _adapters(wanted, mine)
+        return (result.reason, result.message) if result.short else _adapters(wanted, mine)
     failure = mine.failure if mine else None
     if failure is not None:
         return failure.reason or "EngineFailed", _failure(failure)

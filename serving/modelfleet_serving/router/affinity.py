@@ -10,7 +10,7 @@ Interface::
     if prompt is not None:
         endpoint = affinity.choose(group, prompt)           # None when all are full
         affinity.record(prompt)                             # at dispatch: a burst stays together
-        pending_cells[endpoint.cell] += unread_kib(readable, prompt.size, prompt.held)   # until the first byte
+        pending_cells[endpoint.cell] += unread_kib(readable, prompt.size, prompt.held)  # until the first byte
 
 (:class:`modelfleet_serving.router.choice.Selector` does the choosing and recording.)
 

@@ -32,7 +32,9 @@ def answer(exchange: Exchange) -> None:
     path = request.path
     if request.method == b"OPTIONS":
         _preflight(exchange)
-    elif path in (b"/healthz", b"/readyz", b"/metrics", MODELS_PATH) or path.startswith(MODELS_PATH + b"/"):
+    elif path in (b"/healthz", b"/health", b"/readyz", b"/metrics", MODELS_PATH) or path.startswith(
+        MODELS_PATH + b"/"
+    ):
         if request.method not in _READ:
             raise _method_error(request.method, "GET, HEAD")
         _read(exchange, path)
@@ -43,7 +45,7 @@ def answer(exchange: Exchange) -> None:
 
 def _read(exchange: Exchange, path: bytes) -> None:
     worker = exchange.worker
-    if path == b"/healthz":
+    if path in (b"/healthz", b"/health"):  # the latter is what engines have, and their clients look at
         exchange.answer(200, _TEXT, b"ok\n")
     elif path == b"/readyz":
         reason = worker.not_ready()
@@ -121,7 +123,7 @@ def _preflight(exchange: Exchange) -> None:
     allowed = b", ".join(operation.methods) if operation is not None else b"GET, HEAD, POST"
     request = exchange.request
     headers = b"allow: " + allowed + b", OPTIONS\r\n"
-    if exchange.worker.cors and exchange.worker.cors_headers(request):
+    if exchange.worker.cors and b"allow-origin" in exchange.worker.cors_headers(request):
         asked = request.special.get(b"access-control-request-headers", b"*")
         headers += b"access-control-allow-methods: " + allowed + b", OPTIONS\r\n"
         headers += b"access-control-allow-headers: " + asked + b"\r\naccess-control-max-age: 600\r\n"

@@ -19,9 +19,9 @@ def check_models(models: Iterable[ModelRoute]) -> list[str]:
     for index, model in enumerate(models):
         place = f"models[{index}]"
         if not model.name or _UNSAFE.search(model.name):
-            faults.append(f"{place}.name: {model.name!r} must be printable ASCII")
+            faults.append(f"{place}.name: {model.name!a} must be printable ASCII")
         if model.name in seen:
-            faults.append(f"{place}.name: {model.name!r} occurs twice")
+            faults.append(f"{place}.name: {model.name!a} occurs twice")
         seen.add(model.name)
         faults += _check_variants(place, model)
     return faults
@@ -30,16 +30,19 @@ def check_models(models: Iterable[ModelRoute]) -> list[str]:
 def _check_variants(place: str, model: ModelRoute) -> list[str]:
     faults: list[str] = []
     names = [variant.name for variant in model.variants]
+    shown = ", ".join(map(ascii, names))
     if len(set(names)) != len(names):
-        faults.append(f"{place}.variants: a name occurs twice: {', '.join(names)}")
+        faults.append(f"{place}.variants: a name occurs twice: {shown}")
     for field, listed in (("weights", model.weights), ("fallback", model.fallback)):
         faults += [
-            f"{place}.{field}: {name!r} is no variant of {model.name!r} ({', '.join(names)})"
+            f"{place}.{field}: {name!a} is no variant of {model.name!a} ({shown})"
             for name in listed
             if name not in names
         ]
     faults += [
-        f"{place}.weights.{name}: {weight} is below 0" for name, weight in model.weights.items() if weight < 0
+        f"{place}.weights.{name!a}: {weight} is below 0"
+        for name, weight in model.weights.items()
+        if weight < 0
     ]
     for number, variant in enumerate(model.variants):
         faults += _check_endpoints(f"{place}.variants[{number}]", variant)
@@ -49,10 +52,10 @@ def _check_variants(place: str, model: ModelRoute) -> list[str]:
 def _check_endpoints(where: str, variant: VariantRoute) -> list[str]:
     faults: list[str] = []
     if not variant.name or _UNSAFE.search(variant.name):
-        faults.append(f"{where}.name: {variant.name!r} must be printable ASCII")
+        faults.append(f"{where}.name: {variant.name!a} must be printable ASCII")
     for position, endpoint in enumerate(variant.endpoints):
         if _UNSAFE.search(endpoint.id) or not endpoint.id:
-            faults.append(f"{where}.endpoints[{position}].id: {endpoint.id!r} must be printable ASCII")
+            faults.append(f"{where}.endpoints[{position}].id: {endpoint.id!a} must be printable ASCII")
         try:
             if endpoint.url or endpoint.state is EndpointState.READY:
                 parse_endpoint_url(endpoint.url)

@@ -244,15 +244,18 @@ class Selector:
             best = one if load.of(group, one) <= load.of(group, other) else other
             if load.of(group, best) < FULL:
                 return members[best]
-        # Begins anywhere: of equally loaded ones the first is taken.
-        index = int(self._random() * count)
+        # Of equally loaded ones it is each one's turn.
+        index = group.turn
         best, low = -1, FULL
         for _ in range(count):
             index = index + 1 if index + 1 < count else 0
             found = load.of(group, index)
             if found < low:
                 best, low = index, found
-        return members[best] if best >= 0 else None
+        if best < 0:
+            return None
+        group.turn = best
+        return members[best]
 
     def _for_session(self, group: Group[R], session: int) -> R | None:
         loads = self._load.of_all(group)

@@ -47,11 +47,10 @@ import msgspec
 
 from modelfleet_serving.router.policy.events import DONE, EventSplitter, data_of
 from modelfleet_serving.router.policy.recorder import MAX_TEXT, Delivered, Recorder
-from modelfleet_serving.router.policy.stream_usage import MAY_HOLD_USAGE, ask_usage, strip_usage
+from modelfleet_serving.router.policy.stream_usage import ask_usage, may_hold_usage, strip_usage
 
 __all__ = [
     "MAX_TEXT",
-    "MAY_HOLD_USAGE",
     "Continuation",
     "Delivered",
     "NotContinuableError",
@@ -59,6 +58,7 @@ __all__ = [
     "Splice",
     "ask_usage",
     "continue_stream",
+    "may_hold_usage",
     "strip_usage",
 ]
 

@@ -428,6 +428,17 @@ class Exchange:
         self.reply.status = self.reply.status if self.tunnel else 499
         self._account()
 
+    def give_up(self) -> None:
+        """The router ends before the request: its client is told."""
+        if self.finished:
+            return
+        if self.ticket is not None:
+            self.worker.dispatcher.waiting.forget(self)
+        error = RequestError(503, "the router is shutting down", code="shutting_down", retry_after=1.0)
+        if self.upstream is not None and not self.began:
+            self.detach(self.upstream)
+        self.fail(error)
+
     def release(self) -> None:
         """Takes the request off its engine's count."""
         endpoint = self.endpoint

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from modelfleet_serving.router.continuation import MAY_HOLD_USAGE, Splice
+from modelfleet_serving.router.continuation import Splice, may_hold_usage
 from modelfleet_serving.router.response import ChunkScanner, FramingError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class EventRelay:
             self._chunked_out
             and not self._pending
             and scanner.at_boundary
-            and not (reply.strip_usage and MAY_HOLD_USAGE in data)
+            and not (reply.strip_usage and may_hold_usage(data))
         ):
             end = scanner.feed(data)
             if end < 0:
@@ -152,7 +152,7 @@ class EventRelay:
         if len(self._pending) > MAX_EVENT_BYTES:
             raise FramingError(f"an event exceeds {MAX_EVENT_BYTES} bytes")
         events = payload[:cut]
-        if self._reply.strip_usage and MAY_HOLD_USAGE in events:
+        if self._reply.strip_usage and may_hold_usage(events):
             events = self._reply.without_usage(events)
         if end >= 0:
             last = LAST_CHUNK if self._chunked_out else b""
@@ -193,7 +193,7 @@ class SpliceRelay:
         events = self._splice.feed(payload)
         if self._splice.diverged:
             raise FramingError(f"did not go on where the other one had stopped: {self._splice.diverged}")
-        if self._reply.strip_usage and MAY_HOLD_USAGE in events:
+        if self._reply.strip_usage and may_hold_usage(events):
             events = self._reply.without_usage(events)
         if events:
             self._reply.write_events(frame(events) if self._chunked_out else events)

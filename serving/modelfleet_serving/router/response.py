@@ -9,6 +9,7 @@ _LENGTH: Final = 2
 _TRANSFER: Final = 3
 _CONNECTION: Final = 4
 _TYPE: Final = 5
+_PLAIN: Final = 6
 
 # Hop-by-hop headers end here; the router speaks for itself with x-request-id, x-modelfleet-* and CORS.
 _CODES: Final[dict[bytes, int]] = {
@@ -16,6 +17,9 @@ _CODES: Final[dict[bytes, int]] = {
     b"transfer-encoding": _TRANSFER,
     b"connection": _CONNECTION,
     b"content-type": _TYPE,
+    b"date": _PLAIN,  # known so that nobody looks whether they are names
+    b"server": _PLAIN,
+    b"cache-control": _PLAIN,
     b"keep-alive": _DROP,
     b"proxy-connection": _DROP,
     b"proxy-authenticate": _DROP,
@@ -32,7 +36,8 @@ _CODES: Final[dict[bytes, int]] = {
     b"access-control-expose-headers": _DROP,
 }
 _TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_HEX: Final = b"0123456789abcdefABCDEF"
+_HEX_MARKS: Final = (b"x", b"X")
+_ZERO: Final = 0x30
 _MAX_DIGITS: Final = 15
 """Of a length or a chunk's size: what is larger doesn't fit every reader's integers."""
 _MAX_SIZE_LINE: Final = 4096
@@ -83,7 +88,9 @@ class ResponseHead:
         for line in lines[1:]:
             name, colon, value = line.partition(b":")
             code = _CODES.get(name.lower())
-            if code is None:
+            if code == _PLAIN:
+                kept.append(line)
+            elif code is None:
                 if not colon or not name or name.translate(None, _TOKEN):
                     raise FramingError(f"malformed header line: {line[:80]!r}")
                 kept.append(line)
@@ -187,6 +194,7 @@ class ChunkScanner:
         if end < 0:
             return self._hold(data[position:])
         self._trailers = False
+        _check_trailers(data[position:end])
         return end + 4
 
     def _hold(self, rest: bytes) -> int:
@@ -203,10 +211,28 @@ def _check_chunk_end(data: bytes, position: int, take: int) -> None:
         raise FramingError("a chunk doesn't end with CRLF")
 
 
+def _check_trailers(trailers: bytes) -> None:
+    for line in trailers.split(b"\r\n"):
+        name, colon, _ = line.partition(b":")
+        if not colon or not name or name.translate(None, _TOKEN) or b"\n" in line or b"\r" in line:
+            raise FramingError(f"malformed trailer: {line[:80]!r}")
+
+
 def _chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].rstrip(b" \t")
-    if not digits or len(digits) > _MAX_DIGITS or digits.translate(None, _HEX):
-        raise FramingError(f"chunk size {digits[:40]!r}")
+    if not line.isalnum() or len(line) > _MAX_DIGITS or (line[0] == _ZERO and len(line) > 1):
+        line = _digits(line)
+    try:
+        return int(line, 16)
+    except ValueError:
+        raise FramingError(f"chunk size {line[:40]!r}") from None
+
+
+def _digits(line: bytes) -> bytes:
+    """The digits of a size line that isn't just a few of them."""
     if b"\n" in line or b"\r" in line:
         raise FramingError("a bare line end in a chunk's size line")
-    return int(digits, 16)
+    digits = line.partition(b";")[0].rstrip(b" \t")
+    # int() would take 0x2, _ and signs as well.
+    if not digits.isalnum() or len(digits) > _MAX_DIGITS or digits[1:2] in _HEX_MARKS:
+        raise FramingError(f"chunk size {digits[:40]!r}")
+    return digits

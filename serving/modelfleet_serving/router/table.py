@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _NAMES_IN_ERROR: Final = 50
+_UNFIT: Final = re.compile(r"[^\x21-\x7e]")
+_MAX_HOST: Final = 253
+_MAX_LABEL: Final = 63
+"""Characters of a name and of its parts between dots (RFC 1035)."""
 
 
 class TableError(ValueError):
@@ -342,22 +347,23 @@ def endpoint_key(variant: str, model: str, endpoint: Endpoint) -> str:
 @functools.lru_cache(maxsize=32_768)
 def parse_endpoint_url(url: str) -> tuple[bool, str, int, bytes, bytes]:
     """TLS or not, host, port, authority and path prefix of an engine's base URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise TableError(f"{url!r} is not a base URL such as http://10.0.0.7:8000")
+    if _UNFIT.search(url):
+        raise TableError(f"{url[:200]!r}: only ASCII without spaces (names in Punycode)")
     try:
-        port = parts.port
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname
     except ValueError as error:
-        raise TableError(f"{url!r}: {error}") from error
+        raise TableError(f"{url[:200]!r}: {error}") from error
+    if "@" in parts.netloc:
+        raise TableError("a base URL must not hold credentials")  # nor may this message
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or port == 0:
+        raise TableError(f"{url[:200]!r} is not a base URL such as http://10.0.0.7:8000")
+    if len(host) > _MAX_HOST or any(
+        not 0 < len(label) <= _MAX_LABEL for label in host.rstrip(".").split(".")
+    ):
+        raise TableError(f"{url[:200]!r}: no host has such a name")
     tls = parts.scheme == "https"
-    authority = parts.netloc.rpartition("@")[2].encode("idna" if not parts.netloc.isascii() else "ascii")
-    return (
-        tls,
-        parts.hostname,
-        port or (443 if tls else 80),
-        authority,
-        parts.path.rstrip("/").encode("ascii"),
-    )
+    return tls, host, port or (443 if tls else 80), parts.netloc.encode(), parts.path.rstrip("/").encode()
 
 
 def queue_key(model: str) -> str:

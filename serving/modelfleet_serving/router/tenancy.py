@@ -24,7 +24,7 @@ from modelfleet_serving.router.tenants import (
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-_OPEN_PATHS: Final = frozenset({b"/healthz", b"/readyz", b"/metrics"})
+_OPEN_PATHS: Final = frozenset({b"/healthz", b"/health", b"/readyz", b"/metrics"})
 
 
 def load_keys(path: Path) -> tuple[dict[str, bytes], KeyTable]:

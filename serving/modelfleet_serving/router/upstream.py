@@ -177,7 +177,7 @@ class Connector:
                 )
         except TimeoutError:
             exchange.on_connect_failed(endpoint, f"no connection within {self._connect_timeout:g} s")
-        except (OSError, ssl.SSLError) as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that the resolver can't encode
             exchange.on_connect_failed(endpoint, f"no connection: {error}")
         else:
             if not exchange.on_connected(endpoint, connection):

@@ -189,14 +189,13 @@ class Worker:
         return lines
 
     def cors_headers(self, request: Request) -> bytes:
-        """CORS header lines for the request's origin."""
+        """CORS header lines for the request's origin; caches must keep answers to others apart."""
         origin = request.special.get(b"origin")
-        if origin is None:
-            return b""
         allowed = [entry.strip().encode() for entry in self.settings.cors_origins.split(",")]
-        if b"*" not in allowed and origin not in allowed:
-            return b""
-        value = b"*" if b"*" in allowed else origin
+        everybody = b"*" in allowed
+        if origin is None or not (everybody or origin in allowed):
+            return b"" if everybody else b"vary: origin\r\n"
+        value = b"*" if everybody else origin
         return (
             b"access-control-allow-origin: " + value + b"\r\nvary: origin\r\n"
             b"access-control-expose-headers: x-request-id, x-modelfleet-model, x-modelfleet-variant, "
@@ -281,6 +280,8 @@ class Worker:
                 await self._idle.wait()
         except TimeoutError:
             _log.warning("drain time over: %d requests are cut off", len(self.active))
+            for exchange in tuple(self.active):
+                exchange.give_up()
 
     async def close(self) -> None:
         """Closes every connection."""

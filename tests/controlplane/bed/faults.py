@@ -26,7 +26,14 @@ from aiohttp import web
 from tests.controlplane.bed.control_plane import ControlPlane
 
 _HOP_BY_HOP = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
-_REASONS = {409: "Conflict", 410: "Expired", 429: "TooManyRequests", 500: "InternalError", 504: "Timeout"}
+_REASONS = {
+    403: "Forbidden",
+    409: "Conflict",
+    410: "Expired",
+    429: "TooManyRequests",
+    500: "InternalError",
+    504: "Timeout",
+}
 _T = TypeVar("_T")
 
 

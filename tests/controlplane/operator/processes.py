@@ -94,10 +94,19 @@ class Process:
 
 
 class OperatorProcess(Process):
-    """``python -m modelfleet_operator.main`` with a kubeconfig."""
+    """``python -m modelfleet_operator.main`` with a kubeconfig.
+
+    Args:
+        services: ports of this machine by ``NAME:PORT`` of the Services that they stand for.
+    """
 
     def __init__(
-        self, kubeconfig: Path, log: Path, namespace: str = "modelfleet-system", **settings: str
+        self,
+        kubeconfig: Path,
+        log: Path,
+        namespace: str = "modelfleet-system",
+        services: Mapping[str, int] | None = None,
+        **settings: str,
     ) -> None:
         self.port = free_port()
         environment = {
@@ -107,7 +116,12 @@ class OperatorProcess(Process):
             "MODELFLEET_LEADER_ELECTION": "false",
             **{f"MODELFLEET_{name}": value for name, value in settings.items()},
         }
-        super().__init__("operator", [sys.executable, "-m", "modelfleet_operator.main"], log, environment)
+        command = [sys.executable, "-m", "modelfleet_operator.main"]
+        if services:
+            names = [f"{service}={port}" for service, port in services.items()]
+            command[2:2] = ["tests.controlplane.operator.cluster_dns", *names]
+            environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+        super().__init__("operator", command, log, environment)
 
     def fetch(self, path: str) -> tuple[int, str]:
         try:

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -59,6 +59,7 @@ class RayStandIn:
     Attributes:
         registry: base URL of the registry that replicas report to; empty for none.
         token: bearer token that is asked for.
+        engines: base URLs of engines, one for each replica; without any, replicas report addresses of nobody.
         start_seconds: from a PUT to readiness.
         drain_seconds: from the removal to the end.
         nodes: resources of each node that is alive; ``None`` leaves the state API out.
@@ -66,6 +67,7 @@ class RayStandIn:
 
     registry: str = ""
     token: str | None = None
+    engines: Sequence[str] = ()
     start_seconds: float = 0.1
     drain_seconds: float = 0.1
     nodes: list[dict[str, float]] | None = None
@@ -90,6 +92,7 @@ class RayStandIn:
     set_at: dict[str, float] = field(default_factory=dict)
     """Seconds since the epoch at which an application was given its present configuration."""
     _interval: float = 1.0
+    _addresses: dict[str, str] = field(default_factory=dict)
     _body: bytes | None = None
 
     async def serve(self, port: int = 0) -> web.AppRunner:
@@ -227,6 +230,13 @@ class RayStandIn:
             self._body = None
         return app.state != before
 
+    def _address(self, replica: str) -> str:
+        if not self.engines:
+            return f"http://127.0.0.1:9/{replica}"
+        if replica not in self._addresses:
+            self._addresses[replica] = self.engines[len(self._addresses)]
+        return self._addresses[replica]
+
     async def _beat(self, session: aiohttp.ClientSession, name: str, app: App) -> None:
         identity = parse_application_name(name)
         args = app.config.get("args") or {}
@@ -240,7 +250,7 @@ class RayStandIn:
                 id=f"{name}#{number}@{app.born:.3f}",
                 application=name,
                 model=args["model"],
-                url=f"http://127.0.0.1:9/{name}/{number}",
+                url=self._address(f"{name}/{number}"),
                 state=app.state,
                 sequence=app.sequence,
                 capacity=16,
@@ -277,19 +287,22 @@ class RayThread:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._runner = self.do(self.ray.serve())
+        self._runner = self.do(self.ray.serve(self.ray.port))
         self._live = asyncio.run_coroutine_threadsafe(self.ray.live(), self._loop)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        broken = self._live.done()
         self._live.cancel()
         self.do(self._runner.cleanup())
         self.do(self._end_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()
+        if broken:
+            self._live.result()
 
     @property
     def url(self) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.controlplane.bed import CommandError, wait_until
 from tests.controlplane.operator.conftest import SYSTEM
-from tests.controlplane.operator.processes import OperatorProcess
+from tests.controlplane.operator.processes import OperatorProcess, RegistryProcess
 from tests.controlplane.operator.world import GROUP, World, deployment
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
@@ -113,8 +114,45 @@ def test_room_that_is_given_back_is_used(world: World, operator: OperatorProcess
     world.wait_condition("Ready", name="second")
 
 
-def test_a_token_that_comes_later_is_read(world: World, operator: OperatorProcess) -> None:
-    world.wait_condition("Ready", name="default", resource="spool", timeout=20)
+def test_a_secret_that_comes_later_is_read(world: World) -> None:
     secret = world.cluster.get("secret", "ray-token", world.namespace)
-    assert json.dumps(secret["data"]["token"]) not in operator.text()
-    assert world.registry.token not in operator.text()
+    world.cluster.kubectl("delete", "secret", "ray-token", "-n", world.namespace)
+    world.apply(deployment())
+    with world.operator() as operator:
+        operator.wait_ready()
+        for data, complaint in ((None, "not found"), ({"tokn": secret["data"]["token"]}, "has no key token")):
+            if data is not None:
+                world.cluster.apply(_ray_token(data), namespace=world.namespace)
+            wait_until(
+                lambda text=complaint: text in world.condition("ClusterReady", "default", "spool")[2],  # type: ignore[misc]
+                timeout=20,
+                what=f"the pool says that the Secret {complaint}",
+            )
+        assert world.condition("Ready", "default", "spool")[0] != "True"
+        assert not world.ray.names(), "Ray was written to without its token"
+        world.cluster.apply(_ray_token(secret["data"]), namespace=world.namespace)
+        world.wait_condition("Ready", name="default", resource="spool", timeout=20)
+        world.wait_condition("Ready")
+        for form in (secret["data"]["token"], world.registry.token):
+            assert form not in operator.text()
+
+
+def _ray_token(data: dict[str, str]) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ray-token"}, "data": data}
+
+
+def test_a_pool_goes_right_after_its_last_model(world: World, operator: OperatorProcess) -> None:
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    world.cluster.kubectl("delete", "mdep", "m", "-n", world.namespace, "--timeout=20s")
+    world.cluster.kubectl("delete", "spool", "default", "-n", world.namespace, "--timeout=20s")
+
+
+def test_a_pool_without_models_becomes_ready(world: World, tmp_path: Path) -> None:
+    with RegistryProcess(tmp_path, world.registry.token) as young:
+        young.wait_ready()
+        token = {"name": "ray-token", "key": "token"}
+        world.make_pool(ray={"address": world.ray.url, "registry": young.url, "authToken": token})
+        with world.operator() as operator:
+            operator.wait_ready()
+            world.wait_condition("Ready", "True", "default", resource="spool", timeout=30)

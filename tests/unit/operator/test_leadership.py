@@ -133,6 +133,12 @@ async def test_a_leader_that_is_cut_off_leaves_everything_to_its_successor(
     old.controller.put(deployment("other"))
     await old.controller.step()
     assert ray.puts == puts
+    # It was right after all: what waited is written.
+    old.leadership.term = 3
+    old.controller._see_registry(await old.client.state())
+    await old.controller.step()
+    assert any(".other." in name for name in ray.running)
+    assert registry.registry.term == 3
 
 
 async def test_what_it_had_already_decided_is_refused_too(

@@ -21,6 +21,7 @@ from modelfleet_operator.reconcile.nodes import accelerator_rows as rows_of
 from modelfleet_operator.reconcile.nodes import alive_by_group, free_column, observed_view
 from modelfleet_operator.reconcile.observed import Observed, PoolSight, Revision
 from modelfleet_operator.reconcile.planning import PoolPlanner
+from modelfleet_operator.reconcile.pool_status import accepted_pool
 from modelfleet_operator.reconcile.ray_cluster import differs, engine_images, ray_cluster
 from modelfleet_operator.settings import Settings, SettingsError
 from modelfleet_serving.contract import EndpointState, EngineLoad, Heartbeat, ModelDemand, RegistryState
@@ -160,7 +161,8 @@ class TestPlanner:
             held: dict[str, float] = {"A10": 0, "T4": 0}
             for key, results in planner.results.items():
                 if (plan := results["a"].plan) is not None:
-                    held[plan.accelerator] += plan.accelerators_per_replica * asked[key]
+                    placed = asked[key] - results["a"].short
+                    held[plan.accelerator] += plan.accelerators_per_replica * placed
             assert held["A10"] <= 4
             assert held["T4"] <= 1
 
@@ -386,3 +388,10 @@ def test_what_never_worked_is_told_when_it_fails_and_not_again() -> None:
     assert found("OutOfMemory", "AllVariantsReady", "True") == ["AllVariantsReady"]
     refused = condition("Fits", "False")
     assert [c.type for c in turned([], [condition("Ready", "False"), refused])] == ["Fits"]
+
+
+def test_a_pool_says_what_its_catalogue_lacks() -> None:
+    found = accepted_pool(pool({"type": "A10"}, {"type": "RTX4090"}, {"type": "a100-80g"}))
+    assert found.status == "True"
+    assert "no RTX4090, a100-80g: only the simulator" in found.message
+    assert accepted_pool(pool({"type": "A10"})).message == "1 accelerator groups"

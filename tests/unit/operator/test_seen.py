@@ -1,11 +1,13 @@
-"""Which events tell of a change: a status that the operator wrote itself is none."""
+"""What reaches the fleet: a status that the operator wrote itself is no change, and watches never end."""
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import pytest
 
+from modelfleet_operator.handlers import LONGEST_PAUSE, kopf_settings
 from modelfleet_operator.seen import is_same
 
 
@@ -27,3 +29,12 @@ def test_an_own_status_is_no_change(before: dict[str, Any]) -> None:
 )
 def test_a_spec_a_deletion_and_a_measurement_are_changes(now: dict[str, Any]) -> None:
     assert not is_same(now, body())
+
+
+def test_a_watch_is_tried_again_for_ever_and_soon() -> None:
+    pauses = kopf_settings().networking.error_backoffs
+    for _ in range(2):  # each call begins anew
+        tried = list(islice(iter(pauses), 1000))
+        assert len(tried) == 1000
+        assert max(tried) == LONGEST_PAUSE
+        assert tried[0] < 1

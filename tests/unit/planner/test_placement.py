@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tests.unit.planner.measured import config, pool
@@ -13,6 +14,7 @@ from modelfleet_operator.planner import (
     Measurement,
     ModelUnavailable,
     NodeCapacity,
+    PlanResult,
     PoolView,
     VariantRequest,
     plan_all,
@@ -26,10 +28,10 @@ SMALL = config("Qwen/Qwen2.5-0.5B-Instruct").facts
 CONTEXT = EngineSettings(type="vLLM", max_model_len=8192)
 
 
-def on(*types: str, **fields: object) -> VariantRequest:
+def on(*types: str, **fields: Any) -> VariantRequest:
     return VariantRequest(
         LLAMA, engine=CONTEXT, accelerators=tuple(AcceleratorPreference(t) for t in types), **fields
-    )  # type: ignore[arg-type]
+    )
 
 
 def group(name: str, *, gpus: int = 1, nodes: int = 0, more: int = 0, **fields: object) -> AcceleratorGroup:
@@ -194,10 +196,8 @@ def test_a_count_fixes_the_gpus() -> None:
     assert plan
     assert plan.tensor_parallel_size == 4
     odd = replace(request, accelerators=(AcceleratorPreference("A10", 3),))
-    assert (
-        plan_variant(odd, pool("A10", gpus=4)).plan is None
-        or plan_variant(odd, pool("A10", gpus=4)).plan.pipeline_parallel_size == 3
-    )  # type: ignore[union-attr]
+    plan = plan_variant(odd, pool("A10", gpus=4)).plan
+    assert plan is None or plan.pipeline_parallel_size == 3
 
 
 def test_cpu_variants_share_the_memory_of_a_node() -> None:
@@ -261,3 +261,47 @@ def test_options_that_something_else_sets_are_refused_before_a_node_is_bought(
         assert all(word in result.message for word in words)
         assert "geheim" not in result.message
         assert not result.retryable
+
+
+def test_a_kv_cache_that_no_gpu_has_room_for_is_refused() -> None:
+    def planned(gib: int) -> PlanResult:
+        engine = EngineSettings(type="vLLM", max_model_len=8192, kv_cache_memory_bytes=gib * 2**30)
+        return plan_variant(VariantRequest(LLAMA, engine=engine), pool("A100-80G"))
+
+    assert planned(20).fits
+    result = planned(500)
+    assert not result.fits
+    assert result.reason == "KVCacheDoesNotFit"
+    assert "500.0 GiB of KV cache" in result.message
+
+
+def test_an_engine_older_than_everything_known_is_refused() -> None:
+    result = plan_variant(
+        VariantRequest(LLAMA, engine=EngineSettings(type="vLLM", version="0.1.0")), pool("A10")
+    )
+    assert result.reason == "EngineNotSupported"
+    assert "0.1.0 is older than 0.20" in result.message
+
+
+def test_what_the_pool_has_is_said_where_it_lacks_what_is_asked_for() -> None:
+    there = pool("A10", "A100-80G")
+    assert plan_variant(on("a100-80g"), there).message == "the pool has no a100-80g: write A100-80G"
+    assert plan_variant(on("H100"), there).message == "the pool has no H100, only A10, A100-80G"
+
+
+def test_as_many_replicas_as_there_is_room_for() -> None:
+    three = PoolView((group("A10", nodes=2, more=1), group("T4", nodes=1)))
+    result = plan_variant(on("A10", "T4", replicas=5), three)
+    assert result.plan is not None
+    assert (result.plan.accelerator, result.short, result.fits, result.retryable) == ("A10", 2, False, True)
+    assert (result.reason, result.message) == (
+        "AcceleratorsNotFree",
+        "3 of 5 replicas fit on A10: the others wait for room",
+    )
+    # All on a less preferred one is better than some on the preferred one.
+    roomy = PoolView((group("A10", nodes=2), group("A100-80G", nodes=5)))
+    whole = plan_variant(on("A10", "A100-80G", replicas=5), roomy)
+    assert whole.plan is not None
+    assert (whole.plan.accelerator, whole.short) == ("A100-80G", 0)
+    results = plan_all({"a": on("A10", replicas=5), "b": on("A10")}, three)
+    assert (results["a"].short, results["b"].plan) == (2, None)

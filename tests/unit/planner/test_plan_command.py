@@ -131,3 +131,47 @@ async def test_what_cannot_be_read_is_one_clear_reason(
     assert await run_plan(PlanOptions([], model="file:///nothing/here", output="json"), hub) == 1
     (variant, *_) = json.loads(capsys.readouterr().out)["variants"]
     assert variant["message"].startswith("NotFound:")
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("notaurl", "hf://org/name"),
+        ("Qwen/Qwen3-8B", "did you mean hf://Qwen/Qwen3-8B?"),
+        ("Qwen/Qwen3-8B@main", "did you mean hf://Qwen/Qwen3-8B@main?"),
+        ("http://h/x", "is no source"),
+    ],
+)
+async def test_what_is_no_source_is_not_planned(
+    source: str, hint: str, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await run_plan(PlanOptions([], model=source), hub) == 2
+    captured = capsys.readouterr()
+    assert hint in captured.err
+    assert not captured.out
+
+
+async def test_a_directory_is_told_from_a_source(
+    tmp_path: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await run_plan(PlanOptions([], model=str(tmp_path)), hub) == 2
+    assert f"did you mean file://{tmp_path}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("a-Q4_K_M.gguf", "GGUF"), ("adapter_config.json", "spec.adapters"), ("params.json", "Mistral"),
+     ("model_index.json", "diffusion"), ("README.md", "has no config.json")],
+)  # fmt: skip
+async def test_what_else_a_source_is_is_said(
+    file: str, words: str, tmp_path: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).write_text("{}")
+    assert await run_plan(PlanOptions([], model=f"file://{tmp_path}"), hub) == 1
+    assert words in capsys.readouterr().err
+
+
+async def test_a_claim_is_not_left(hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:
+    for source in ("pvc://../etc", "pvc://claim/../../etc", "pvc:///etc"):
+        assert await run_plan(PlanOptions([], model=source), hub) == 1
+        assert "no path inside of a claim" in capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_plans_never_exceed_what_there_is(asked: list[VariantRequest], pool: Poo
         total = sum(len(n.gpus) * n.count for n in group.nodes)
         total += group.obtainable_nodes * len(group.template.gpus if group.template else ())
         held = sum(
-            result.plan.accelerators_per_replica * request.replicas
+            result.plan.accelerators_per_replica * (request.replicas - result.short)
             for request, result in zip(asked, results.values(), strict=True)
             if result.plan is not None and result.plan.accelerator == group.accelerator
         )

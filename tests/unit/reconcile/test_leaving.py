@@ -21,8 +21,8 @@ def plans(*names: str) -> dict[str, PlanResult]:
     return {name: PLANS[name] for name in names}
 
 
-def refused(rule: Rule) -> PlanResult:
-    rejection = Rejection("A10", rule, "no", retryable=True)
+def refused(rule: Rule, accelerator: str = "A10") -> PlanResult:
+    rejection = Rejection(accelerator, rule, "no", retryable=True)
     return PlanResult(None, (rejection,), (), str(rule), "no")
 
 
@@ -93,6 +93,16 @@ def test_they_make_room_where_the_new_one_finds_none() -> None:
     settle(world, with_variants("a"), PLANS)
     step(world, with_variants("c", rollout={"strategy": "Surge"}), full)
     assert world.ready("a") == 1
+
+
+def test_they_make_no_room_for_what_waits_for_others() -> None:
+    world = World()
+    answers = {"b": refused(Rule.NONE_FREE, "H100")}
+    settle(world, with_variants("a", "b"), {**plans("a"), **answers})
+    step(world, with_variants("c", "b"), {**plans("c"), **answers})
+    assert world.ready("a") == 1
+    settle(world, with_variants("c", "b"), {**plans("c"), **answers})
+    assert [world.ready(name) for name in "abc"] == [0, 0, 1]
 
 
 def test_a_source_that_can_not_be_read_takes_nothing_away() -> None:

@@ -365,3 +365,38 @@ class TestAdapters:
         assert [a["name"] for a in configs.pop(old)["adapters"]] == ["x"]
         (new,) = configs.values()
         assert [a["name"] for a in new["adapters"]] == ["y"]
+
+
+class TestTooLittleRoom:
+    """Some of the replicas find room."""
+
+    @staticmethod
+    def short(by: int) -> PlanResult:
+        rejection = Rejection("A10", Rule.NONE_FREE, "full", retryable=True)
+        text = "3 of 5 replicas fit on A10: the others wait for room"
+        return PlanResult(plan().plan, (rejection,), (), str(Rule.NONE_FREE), text, by)
+
+    def test_those_run_and_the_rest_is_told(self) -> None:
+        world = World()
+        resource = deployment(variants=[{"name": "a", "replicas": {"min": 5}}])
+        for _ in range(8):
+            step(world, resource, {"a": self.short(2)})
+            world.advance()
+            for app in world.apps.values():
+                app.replicas = app.replicas[:3]  # Ray has no room for more
+        decision = step(world, resource, {"a": self.short(2)})
+        assert [app.wanted for app in world.apps.values()] == [5]
+        assert condition(decision, "Serving")[0] == "True"
+        assert condition(decision, "Fits") == ("Unknown", "AcceleratorsNotFree")
+        assert condition(decision, "Ready") == ("False", "AcceleratorsNotFree")
+        assert "3 of 5 replicas fit" in decision.variants[0].message
+
+    def test_demand_grows_into_what_there_is(self) -> None:
+        world = World()
+        resource = deployment(variants=[{"name": "a", "replicas": {"min": 1, "max": 9}}])
+        settle(world, resource, {"a": plan()})
+        world.demand = [ModelDemand(model="m", variant="a", in_flight=24 * 5)]
+        last = settle(world, resource, {"a": self.short(2)})
+        assert world.ready("a") == 3
+        assert condition(last, "Ready")[0] == "True"
+        assert condition(last, "Fits")[0] == "True"

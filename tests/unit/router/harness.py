@@ -207,11 +207,14 @@ class Client:
         try:
             while True:
                 line = await asyncio.wait_for(self.reader.readuntil(b"\r\n"), TIMEOUT)
-                size = int(line, 16)
-                data = await asyncio.wait_for(self.reader.readexactly(size + 2), TIMEOUT)
-                assert data.endswith(b"\r\n")
+                size = int(line.partition(b";")[0], 16)
+                while not size and line != b"\r\n":  # trailers
+                    line = await asyncio.wait_for(self.reader.readuntil(b"\r\n"), TIMEOUT)
+                    assert line == b"\r\n" or b":" in line
                 if not size:
                     return body, True
+                data = await asyncio.wait_for(self.reader.readexactly(size + 2), TIMEOUT)
+                assert data.endswith(b"\r\n")
                 body += data[:-2]
         except (asyncio.IncompleteReadError, ConnectionResetError):
             return body, False

@@ -6,13 +6,16 @@ import asyncio
 
 import pytest
 from tests.unit.router.harness import (
+    SSE_HEAD,
     Engine,
     Handler,
     Harness,
     Received,
     answer_json,
     answer_status,
+    chunk,
     die,
+    event,
     hang,
     harness,
     model,
@@ -320,3 +323,33 @@ async def test_a_variant_that_is_removed_answers_who_waits_for_it(router: Harnes
     answer = await client.answer()
     assert (answer.status, answer.error["code"]) == (404, "variant_not_found")
     assert not any(router.hub.counters.cells)
+
+
+async def test_who_is_cut_off_at_the_end_is_told() -> None:
+    async with harness(drain_timeout=0.2) as router:
+        streaming, silent = await router.engine("streams"), await router.engine("silent", hang)
+
+        async def begins(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+            writer.write(SSE_HEAD + chunk(event({"n": 1})))
+            await asyncio.Event().wait()
+
+        streaming.handler = begins
+        waits = model("waits", a=[silent])
+        waits["variants"][0]["endpoints"][0]["state"] = "Starting"
+        await router.table(model("streams", a=[streaming]), model("silent", a=[silent]), waits)
+        clients = {}
+        for name in ("streams", "silent", "waits"):
+            client = clients[name] = await router.client()
+            client.send(post(model=name, stream=True))
+        await until(lambda: len(router.worker.active) == 3)
+        assert (await clients["streams"].head())[0] == 200
+        await router.worker.drain(router._server)
+        for name in ("silent", "waits"):
+            answer = await clients[name].answer()
+            assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        body, complete = await clients["streams"].chunks()
+        assert not complete
+        assert b"shutting down" in body
+        assert not router.worker.active
+        assert not any(router.hub.counters.cells)
+        await asyncio.wait_for(silent.closed.wait(), 5)

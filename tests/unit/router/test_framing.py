@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.router.harness import harness, model, post
+from tests.unit.router.harness import Engine, Received, harness, model, post, until
 
 from modelfleet_serving.router.body import multipart_model, peek_json, replace_model
 from modelfleet_serving.router.errors import RequestError
@@ -208,3 +209,50 @@ def test_mutated_requests_never_crash_or_desynchronise(
     statuses = asyncio.run(run())
     # 505 is what a request of another HTTP version gets.
     assert all(status < 500 or status == 505 for status in statuses)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n\r\n%b0\r\n\r\n"
+ANSWER = (
+    CHUNKED % (b"text/event-stream", b'12\r\ndata: {"n": 1}\n\n  \r\n'),
+    CHUNKED % (b"text/plain", b"2\r\nok\r\n"),
+    b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: keep-alive\r\n\r\nok",
+)
+
+
+@pytest.mark.usefixtures("fast_sweeps")
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(ANSWER), MUTATIONS, st.lists(st.integers(0, 200), max_size=3), st.booleans())
+def test_mutated_answers_never_crash_or_desynchronise(
+    answer: bytes, mutations: list[tuple[int, bytes]], cuts: list[int], ends: bool
+) -> None:
+    """However an engine answers: the client reads whole answers, the second one its own, or sees a cut."""
+    for number, text in mutations:
+        place = number % len(answer)
+        answer = answer[:place] + text + answer[place + 1 :]
+
+    async def odd(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        for part in _split(answer, cuts):
+            writer.write(part)
+            await asyncio.sleep(0)
+        if ends:
+            await writer.drain()
+            writer.close()
+
+    async def run() -> None:
+        async with harness(idle_timeout=0.05, first_byte_timeout=0.05, max_attempts=1) as router:
+            await router.table(
+                model(a=[await router.engine("odd", odd)]), model("good", a=[await router.engine("good")])
+            )
+            client = await router.client()
+            client.send(post() + post(model="good"))
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                first = await client.answer()
+                if first.complete:
+                    second = await client.answer()
+                    assert second.headers["x-modelfleet-replica"] == "good"
+                    assert second.json()["engine"] == "good"
+            assert (await router.ask(post(model="good"))).status == 200
+            await until(lambda: not router.worker.active)
+            assert not any(router.hub.counters.cells)
+
+    asyncio.run(run())

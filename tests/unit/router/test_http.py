@@ -452,3 +452,22 @@ async def test_a_next_request_is_bounded_while_one_runs(router: Harness) -> None
             client.send(b"b" * 1000)
             await asyncio.sleep(0)
     await until(lambda: all(one.request is None for one in router.worker.clients))
+
+
+async def test_caches_keep_origins_apart() -> None:
+    async with harness(cors_origins="http://a") as router:
+        await _ready(router)
+        for headers in ({}, {"origin": "http://b"}, {"origin": "http://a"}):
+            answer = await router.ask(post(headers=headers))
+            assert answer.headers["vary"] == "origin"
+            assert ("access-control-allow-origin" in answer.headers) == (headers.get("origin") == "http://a")
+        preflight = b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: http://b\r\n\r\n"
+        assert "access-control-allow-methods" not in (await router.ask(preflight)).headers
+    async with harness(cors_origins="*") as router:
+        await _ready(router)
+        answer = await router.ask(post(headers={"origin": "http://b"}))
+        assert answer.headers["access-control-allow-origin"] == "*"
+
+
+async def test_health_by_the_name_that_engines_have(router: Harness) -> None:
+    assert (await router.ask(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200

@@ -168,3 +168,28 @@ async def test_leaving_before_the_usage_is_not_free(tmp_path: Path) -> None:
             router.engines[0].handler = answer_json
             answer = await router.ask(post(headers=AUTH))
             assert least <= int(answer.headers["x-ratelimit-remaining-output-tokens"]) <= 965
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+async def test_usage_that_nobody_asked_for_is_left_out_however_it_is_written(
+    tmp_path: Path, separators: tuple[str, str]
+) -> None:
+    async def tells(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD)
+        last = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 7}}
+        for entry in ({"choices": [{"delta": {"content": "a"}}], "usage": None}, last, "[DONE]"):
+            text = entry if isinstance(entry, str) else json.dumps(entry, separators=separators)
+            writer.write(chunk(event(text)))
+            await asyncio.sleep(0)
+        writer.write(b"0\r\n\r\n")
+
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(
+        yaml.safe_dump({"keys": [{"name": "a", "hash": hash_key(KEY), "outputTokensPerMinute": 1000}]})
+    )
+    async with harness(tenants=str(keys)) as router:
+        await router.table(model(a=[await router.engine("r1", tells)]))
+        answer = await router.ask(post(headers=AUTH, stream=True))
+        assert b"prompt_tokens" not in answer.body
+        assert answer.body.count(b"data: ") == 2
+        assert (await router.stats()).output_tokens == 7

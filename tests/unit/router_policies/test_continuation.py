@@ -1,3 +1,5 @@
+"""A stream that goes on with another replica."""
+
 from __future__ import annotations
 
 import json
@@ -6,214 +8,28 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.router_policies.streams import (
+    CHAT,
+    TOKENS,
+    chat_chunk,
+    chat_stream,
+    delivered,
+    go_on,
+    prefix,
+    read,
+    refused,
+    request,
+    sse,
+    text_of,
+    usage_chunk,
+)
 
 from modelfleet_serving.router.continuation import (
-    MAX_TEXT,
-    MAY_HOLD_USAGE,
-    Continuation,
-    Delivered,
     NotContinuableError,
     Recorder,
-    ask_usage,
     continue_stream,
-    strip_usage,
 )
-from modelfleet_serving.router.policy.events import EventSplitter, data_of, events
-from modelfleet_serving.router.relay import frame
-
-CHAT: dict[str, Any] = {
-    "model": "m",
-    "messages": [{"role": "user", "content": "Count to six."}],
-    "max_tokens": 20,
-    "stream": True,
-    "seed": 7,
-}
-TOKENS = ["one", " two", " three", " four", " five", " six"]
-
-
-def sse(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
-
-
-def chat_chunk(
-    delta: dict[str, Any], finish: str | None = None, ident: str = "chatcmpl-1", **extra: Any
-) -> bytes:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-    return sse(
-        {
-            "id": ident,
-            "object": "chat.completion.chunk",
-            "created": 100,
-            "model": "m",
-            "choices": [choice],
-            **extra,
-        }
-    )
-
-
-def usage_chunk(prompt: int, completion: int, ident: str = "chatcmpl-1", **details: Any) -> bytes:
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        **details,
-    }
-    return sse(
-        {
-            "id": ident,
-            "object": "chat.completion.chunk",
-            "created": 100,
-            "model": "m",
-            "choices": [],
-            "usage": usage,
-        }
-    )
-
-
-def chat_stream(
-    tokens: list[str], ident: str = "chatcmpl-1", prompt: int = 12, finish: str = "stop"
-) -> bytes:
-    return b"".join(
-        [
-            chat_chunk({"role": "assistant", "content": ""}, ident=ident),
-            *(chat_chunk({"content": token}, ident=ident) for token in tokens),
-            chat_chunk({}, finish, ident=ident),
-            usage_chunk(prompt, len(tokens), ident=ident),
-            b"data: [DONE]\n\n",
-        ]
-    )
-
-
-def delivered(payload: bytes) -> Delivered:
-    recorder = Recorder(chunked=False)
-    recorder.add(payload)
-    found = recorder.read()
-    assert found is not None
-    return found
-
-
-def go_on(payload: bytes, body: dict[str, Any] = CHAT, *, chat: bool = True) -> Continuation:
-    return continue_stream(chat, json.dumps(body).encode(), delivered(payload), source="r1", target="r2")
-
-
-def refused(payload: bytes, body: dict[str, Any] = CHAT, *, chat: bool = True) -> str:
-    with pytest.raises(NotContinuableError) as error:
-        go_on(payload, body, chat=chat)
-    return error.value.reason
-
-
-def request(going_on: Continuation) -> dict[str, Any]:
-    assert going_on.body is not None
-    found: dict[str, Any] = json.loads(going_on.body)
-    return found
-
-
-def read(payload: bytes) -> list[dict[str, Any]]:
-    return [json.loads(data) for event in events(payload) if (data := data_of(event)) and data != b"[DONE]"]
-
-
-def text_of(payload: bytes) -> str:
-    return "".join(
-        choice.get("delta", {}).get("content") or choice.get("text") or ""
-        for chunk in read(payload)
-        for choice in chunk["choices"]
-    )
-
-
-def prefix(count: int) -> bytes:
-    """A stream that breaks off after ``count`` tokens."""
-    return b"".join(list(events(chat_stream(TOKENS)))[: count + 1])
-
-
-# --- What was delivered ---
-
-
-@given(st.lists(st.text(min_size=1, max_size=400), max_size=300), st.booleans(), st.data())
-def test_recorder_finds_the_text_however_the_stream_was_cut(
-    tokens: list[str], chunked: bool, data: st.DataObject
-) -> None:
-    payload = chat_stream(tokens, prompt=9)
-    pieces = list(events(payload))
-    recorder = Recorder(chunked=chunked)
-    if chunked:
-        for event in pieces:
-            recorder.add(frame(event))
-    else:
-        cuts = sorted(data.draw(st.lists(st.integers(0, len(payload)), max_size=8)))
-        for start, end in zip([0, *cuts], [*cuts, len(payload)], strict=True):
-            recorder.add(payload[start:end])
-    found = recorder.read()
-    assert found is not None
-    assert (found.text, found.tokens, found.prompt_tokens) == ("".join(tokens), len(tokens), 9)
-    assert found.done
-    assert found.finish_reason == "stop"
-    assert recorder.read() is found
-
-
-def test_recorder_keeps_text_and_not_chunks() -> None:
-    recorder = Recorder(chunked=True)
-    event = frame(chat_chunk({"content": "word "}))
-    for _ in range(5000):
-        recorder.add(event)
-    assert sum(map(len, recorder._parts)) <= 140_000
-    found = recorder.read()
-    assert found is not None
-    assert found.text == "word " * 5000
-    assert found.tokens == 5000
-
-
-def test_recorder_gives_up_on_too_much_text_and_frees_it() -> None:
-    recorder = Recorder(chunked=False)
-    for _ in range(MAX_TEXT // 20_000 + 3):
-        recorder.add(chat_chunk({"content": "x" * 20_000}))
-    assert recorder.read() is None
-    recorder.add(chat_chunk({"content": "more"}))
-    assert recorder._parts == []
-
-
-def test_a_chunk_of_http_that_ends_within_an_event_is_read_too() -> None:
-    recorder = Recorder(chunked=True)
-    payload = chat_stream(TOKENS)
-    for end in range(0, len(payload), 7):
-        recorder.add(frame(payload[end : end + 7]))
-    found = recorder.read()
-    assert found is not None
-    assert found.text == "".join(TOKENS)
-    assert found.tokens == 6
-
-
-@pytest.mark.parametrize(
-    "event", [b"data:%b\r\n\r\n", b"event: x\ndata: %b\nid: 1\n\n", b": data: no\n\ndata: %b\n\n"]
-)
-def test_other_forms_of_events_are_read_too(event: bytes) -> None:
-    recorder = Recorder(chunked=False)
-    for token in TOKENS:
-        recorder.add(event.replace(b"%b", data_of(chat_chunk({"content": token}))))
-    found = recorder.read()
-    assert found is not None
-    assert found.text == "".join(TOKENS)
-
-
-@pytest.mark.parametrize(
-    "rubbish", [b"data: {not json}\n\n", b'data: {"choices": 5}\n\n', b"data: \xff\xfe\n\n", b"data: []\n\n"]
-)
-def test_recorder_gives_up_on_what_it_can_not_read(rubbish: bytes) -> None:
-    recorder = Recorder(chunked=False)
-    recorder.add(prefix(2) + rubbish)
-    assert recorder.read() is None
-    with pytest.raises(NotContinuableError, match="unreadable"):
-        continue_stream(True, b"{}", None, source="a", target="b")
-
-
-def test_tokens_are_exact_where_the_engine_tells_them() -> None:
-    usage = {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13}
-    found = delivered(chat_chunk({"content": "several tokens at once"}, usage=usage))
-    assert (found.tokens, found.prompt_tokens) == (9, 4)
-    choice = {"index": 0, "delta": {"content": "three tokens here"}, "token_ids": [1, 2, 3]}
-    assert delivered(sse({"id": "x", "choices": [choice]})).tokens == 3
-
-
-# --- The next request ---
+from modelfleet_serving.router.policy.events import events
 
 
 def test_a_chat_goes_on_as_an_unfinished_assistant_message() -> None:
@@ -428,80 +244,3 @@ def test_comments_and_errors_of_the_second_replica_pass() -> None:
         assert splice.feed(event) == event
     assert splice.feed(b"data: {broken}\n\n") == b""
     assert splice.diverged == "unreadable"
-
-
-# --- Events and usage ---
-
-
-@given(
-    st.lists(
-        st.sampled_from([b"data: a\n\n", b"data: b\r\n\r\n", b": c\n\n", b"event: x\ndata: y\ndata: z\n\n"])
-    ),
-    st.data(),
-)
-def test_splitter_gives_whole_events_however_they_are_cut(parts: list[bytes], data: st.DataObject) -> None:
-    payload = b"".join(parts)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(payload)), max_size=10)))
-    splitter = EventSplitter()
-    whole = [
-        event
-        for start, end in zip([0, *cuts], [*cuts, len(payload)], strict=True)
-        for event in splitter.feed(payload[start:end])
-    ]
-    assert whole == parts
-    assert splitter.pending == 0
-
-
-@pytest.mark.parametrize(
-    ("event", "data"),
-    [
-        (b"data: a\n\n", b"a"),
-        (b"data:a\r\n\r\n", b"a"),
-        (b"event: x\ndata: y\ndata: z\n\n", b"y\nz"),
-        (b"data: y\nid: 5\n\n", b"y"),
-        (b": comment\n\n", b""),
-        (b"data: y\nb\n\n", b"y"),
-    ],
-)
-def test_data_of_an_event(event: bytes, data: bytes) -> None:
-    assert data_of(event) == data
-
-
-@pytest.mark.parametrize(
-    ("body", "options", "added"),
-    [
-        ({"model": "m", "stream": True}, None, True),
-        ({"model": "m", "stream_options": {"include_usage": True}}, {"include_usage": True}, False),
-        (
-            {"model": "m", "stream_options": {"include_usage": False, "x": 1}},
-            {"include_usage": True, "x": 1},
-            True,
-        ),
-        ({"model": "m", "stream_options": {}}, {"include_usage": True}, True),
-        ({"stream_options": None, "model": "m"}, {"include_usage": True}, True),
-        ({"stream_options": "rubbish", "model": "m"}, "rubbish", False),
-        ({"stream_options": {"include_usage": "yes"}, "model": "m"}, {"include_usage": "yes"}, False),
-    ],
-)
-@pytest.mark.parametrize("end", [b"", b" \r\n"])
-def test_usage_is_asked_for_once(body: dict[str, Any], options: Any, added: bool, end: bytes) -> None:
-    raw = json.dumps(body["stream_options"]).encode() if "stream_options" in body else b""
-    changed, was_added = ask_usage(json.dumps(body).encode() + end, raw)
-    pairs: list[tuple[str, Any]] = json.loads(changed, object_pairs_hook=list)
-    names = [name for name, _ in pairs]
-    assert was_added == added
-    assert len(set(names)) == len(names)
-    assert json.loads(changed)["stream_options"] == (options or {"include_usage": True})
-    assert {name: value for name, value in json.loads(changed).items() if name != "stream_options"} == {
-        name: value for name, value in body.items() if name != "stream_options"
-    }
-
-
-def test_only_the_event_with_nothing_but_usage_is_stripped() -> None:
-    whole = chat_stream(TOKENS)
-    stripped = strip_usage(whole)
-    assert MAY_HOLD_USAGE in whole
-    assert stripped == whole.replace(usage_chunk(12, 6), b"")
-    with_choices = chat_chunk({"content": 'say "usage"'}, usage={"prompt_tokens": 1})
-    for kept in (with_choices, b'data: "usage"\n\n', b'data: {"usage": broken\n\n', b": comment\n\n"):
-        assert strip_usage(kept) == kept

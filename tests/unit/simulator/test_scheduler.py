@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import count
 
 import pytest
@@ -247,72 +248,90 @@ def test_jitter_is_repeatable() -> None:
     assert len(set(times())) > 10
 
 
-REQUESTS = st.lists(
-    st.tuples(
-        st.integers(0, 3),  # which shared beginning
-        st.integers(0, 5),  # how many blocks of it
-        st.integers(1, 40),  # tokens of its own
-        st.integers(0, 30),  # tokens to generate
-        st.integers(0, 5),  # steps until the next arrives
-        st.integers(0, 40),  # aborted after so many steps; 40 is never
+@dataclass(frozen=True)
+class Arrival:
+    """One request of the property test."""
+
+    group: int
+    """Which shared beginning."""
+    shared: int
+    """Blocks of it."""
+    own: int
+    """Tokens of its own."""
+    generate: int
+    pause: int
+    """Steps until the next one arrives."""
+    abort: int | None
+    """Steps after which its client leaves."""
+    adapter: str
+
+    def sequence(self) -> Sequence:
+        tokens = list(range(self.group * 1000, self.group * 1000 + self.shared * 16)) + prompt(self.own)
+        return Sequence(tokens, self.generate, adapter=self.adapter)
+
+
+ARRIVALS = st.lists(
+    st.builds(
+        Arrival,
+        st.integers(0, 3),
+        st.integers(0, 5),
+        st.integers(1, 40),
+        st.integers(0, 30),
+        st.integers(0, 5),
+        st.none() | st.integers(0, 39),
         st.sampled_from(("", "a", "b", "c")),
     ),
     min_size=1,
     max_size=25,
 )
-
-
-@settings(deadline=None)
-@given(
-    REQUESTS,
-    st.integers(10, 40),
-    st.integers(1, 6),
-    st.integers(1, 100),
-    st.booleans(),
-    st.booleans(),
-)
-def test_every_request_ends_and_every_block_comes_back(
-    requests: list[tuple[int, int, int, int, int, int, str]],
-    blocks: int,
-    seqs: int,
-    budget: int,
-    chunked: bool,
-    caching: bool,
-) -> None:
-    bounds = limits(
+BOUNDS = st.builds(
+    lambda blocks, seqs, budget, chunked, caching: limits(
         kv_blocks=blocks,
         max_num_seqs=seqs,
         max_num_batched_tokens=max(budget, seqs),
         chunked_prefill=chunked,
         prefix_caching=caching,
         max_loras=1,
-    )
+    ),
+    st.integers(10, 40),
+    st.integers(1, 6),
+    st.integers(1, 100),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@settings(deadline=None)
+@given(ARRIVALS, BOUNDS)
+def test_every_request_ends_and_every_block_comes_back(arrivals: list[Arrival], bounds: Limits) -> None:
     scheduler = Scheduler(bounds, SPEED)
     sequences: list[Sequence] = []
-    ends: dict[int, list[Sequence]] = {}
+    leaving: dict[int, list[Sequence]] = {}
     aborted: list[Sequence] = []
+
+    def leave(victims: list[Sequence]) -> None:
+        for victim in victims:
+            aborted.append(victim)
+            scheduler.abort(victim)
+
     clock = 0
-    for group, shared, own, generate, pause, abort, adapter in requests:
-        tokens = list(range(group * 1000, group * 1000 + shared * 16)) + prompt(own)
-        sequence = Sequence(tokens, generate, adapter=adapter)
-        if not scheduler.fits(len(tokens), generate):
+    for arrival in arrivals:
+        sequence = arrival.sequence()
+        if not scheduler.fits(sequence.prompt_length, arrival.generate):
             continue
         scheduler.add(sequence)
         sequences.append(sequence)
-        if abort < 40:
-            ends.setdefault(clock + abort, []).append(sequence)
-        for _ in range(pause):
+        if arrival.abort is not None:
+            leaving.setdefault(clock + arrival.abort, []).append(sequence)
+        for _ in range(arrival.pause):
             check(scheduler, bounds)
             clock += 1
-            for victim in ends.pop(clock, []):
-                aborted.append(victim)
-                scheduler.abort(victim)
-    for victim in (victim for victims in ends.values() for victim in victims):
-        aborted.append(victim)
-        scheduler.abort(victim)
+            leave(leaving.pop(clock, []))
+    for victims in leaving.values():
+        leave(victims)
     while scheduler.running or scheduler.waiting:
         check(scheduler, bounds)
-    assert scheduler.pool.free == blocks
+    assert scheduler.pool.free == bounds.kv_blocks
     assert all(sequence.finished for sequence in sequences)
     assert all(s.generated == s.max_tokens for s in sequences if s not in aborted)
     assert scheduler.counters.cache_hits <= scheduler.counters.cache_queries

@@ -51,7 +51,9 @@ R = TypeVar("R", bound=Replica)
 
 
 class Group(Generic[R]):
-    """Usable replicas, immutable. Made anew when membership, state, health or capacity changes.
+    """Usable replicas, immutable but for whose turn it is.
+
+    Made anew when membership, state, health or capacity changes.
 
     Attributes:
         members: those with a limit above 0.
@@ -59,6 +61,7 @@ class Group(Generic[R]):
         limits: by member, requests it may have in flight.
         codes: by member, a 16-bit code: how the prefix table names it.
         by_code: index of a member by its code.
+        turn: index of the member that got the last request by load alone.
         scale: by member, how much heavier a request weighs there than on the biggest one; ``None`` when all
             are equal, which is the common case.
     """
@@ -70,6 +73,7 @@ class Group(Generic[R]):
         self.codes: list[int] = [replica_code(replica.id.encode()) for replica in self.members]
         self.by_code: dict[int, int] = {code: index for index, code in enumerate(self.codes)}
         self._ring: list[int] = []
+        self.turn = 0
         sizes = {replica.capacity for replica in self.members}
         self.scale: list[float] | None = None
         if len(sizes) > 1:

@@ -4,21 +4,20 @@ Interface::
 
     body, added = ask_usage(body, bytes(peek.stream_options))       # a streaming chat or completions request
     ...
-    if added and MAY_HOLD_USAGE in data:                            # whole events, without chunk framing
+    if added and may_hold_usage(data):                            # whole events, without chunk framing
         data = strip_usage(data)
 """
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
 
 from modelfleet_serving.router.policy.events import data_of, events
 
-MAY_HOLD_USAGE: Final = b'"choices":[]'
-"""Where this is absent there is no event for :func:`strip_usage`; engines write it without spaces."""
-
+_EMPTY: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _ASK: Final = b',"stream_options":{"include_usage":true}}'
 _decode: Final = msgspec.json.decode
 _encode: Final = msgspec.json.encode
@@ -53,6 +52,11 @@ def ask_usage(body: bytes, stream_options: bytes) -> tuple[bytes, bool]:
     members = _decode(body, type=dict[str, msgspec.Raw])
     members["stream_options"] = msgspec.Raw(_encode(options))
     return _encode(members), True
+
+
+def may_hold_usage(payload: bytes) -> bool:
+    """Whether there may be an event for :func:`strip_usage`."""
+    return _EMPTY.search(payload) is not None
 
 
 def strip_usage(payload: bytes) -> bytes:
