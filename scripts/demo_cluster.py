@@ -122,7 +122,11 @@ class Terminal:
 
 def show(terminal: Terminal, platform: ClusterPlatform) -> bool:
     """The life of a ModelDeployment."""
-    terminal.kubectl("wait", "servingpool/default", "--for=condition=Ready", "--timeout=60s")
+    try:
+        terminal.kubectl("wait", "servingpool/default", "--for=condition=Ready", "--timeout=120s")
+    except DemoError as error:
+        print(platform.cluster.kubectl("describe", "servingpool", "default", "-n", NAMESPACE))
+        raise DemoError(f"{error}; the operator said:\n{platform.operator.text()[-3000:]}") from None
     terminal.kubectl("apply", "-f", str(FILE.relative_to(ROOT)))
     watch = terminal.start("get", "mdep", "-w")
     try:

@@ -19,26 +19,28 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import msgspec
 import psutil
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.kube_config import load_kube_config
 from tests.benchmarks.common import REPOSITORY, Check, Report, machine_lock
+from tests.benchmarks.operator_sight import Cpu, Router, Statuses, api_writes
 from tests.controlplane.bed import ControlPlane
 from tests.controlplane.operator.processes import OperatorProcess, Process, RegistryProcess
 
 from modelfleet_operator.clients.kube import MODEL_DEPLOYMENT, SECRET, SERVING_POOL, KubeClient
 from modelfleet_operator.clients.processes import free_port
-from modelfleet_serving.contract import TableUpdate
 
 NAMESPACE = "bench"
 MARGIN = 30.0
+COLD_SECONDS = 300.0
+QUIET_SECONDS = 15.0
 
 
 def deployment(number: int, *, weight: int = 1, length: int = 4096) -> dict[str, Any]:
@@ -62,10 +64,7 @@ class Bench:
         self, options: argparse.Namespace, report: Report, directory: Path, plane: ControlPlane
     ) -> None:
         self.options, self.report, self.directory, self.plane = options, report, directory, plane
-        self.routed: dict[str, tuple[float, int]] = {}
-        """By model: when a router had which weight."""
         self.peak = 0
-        self.applied: dict[str, float] = {}
 
     async def run(self) -> None:
         token = secrets.token_hex(16)
@@ -92,23 +91,28 @@ class Bench:
             registry.wait_ready()
             self.registry = registry.url
             await self._fill(token)
-            follower = asyncio.create_task(self._follow())
+            self.router = Router(self.session, registry.url)
+            self.statuses = Statuses(api, NAMESPACE)
             operator = OperatorProcess(
                 self.plane.kubeconfig(), self.directory / "operator.log", WATCH_NAMESPACES=NAMESPACE
             )
+            tasks = [asyncio.create_task(work) for work in (self.router.follow(), self.statuses.follow())]
             stack.enter_context(operator)
-            watcher = asyncio.create_task(self._watch_memory(operator))
+            tasks.append(asyncio.create_task(self._watch_memory(operator)))
+            pids = {**self.plane.pids, "operator": operator.pid, "registry": registry.pid,
+                    "Ray's stand-in": ray.pid, "this benchmark": os.getpid()}  # fmt: skip
+            self.cpu = Cpu(pids)
             try:
-                await self._cold(operator)
-                await self._changes(operator)
+                await self._cold()
+                await self._changes()
                 await self._idle(operator)
             except TimeoutError:
                 sys.stderr.write(operator.text()[-3000:])
                 raise
             finally:
-                for task in (follower, watcher):
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(follower, watcher, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
         self.report.put("memory.peak_mb", self.peak / 1e6)
 
     async def _fill(self, token: str) -> None:
@@ -123,26 +127,6 @@ class Bench:
         numbers = range(self.options.deployments)
         await _at_once(numbers, lambda n: self.kube.apply(MODEL_DEPLOYMENT, deployment(n)))
 
-    async def _follow(self) -> None:
-        """Long-poll the table as a router does."""
-        epoch, version = "", -1
-        while True:
-            query = {"epoch": epoch, "version": str(version), "timeout": "20", "router": "bench"}
-            try:
-                async with self.session.get(f"{self.registry}/v1/table", params=query) as answer:
-                    if answer.status != 200:
-                        await asyncio.sleep(0.05)
-                        continue
-                    update = msgspec.json.decode(await answer.read(), type=TableUpdate)
-            except (aiohttp.ClientError, TimeoutError):
-                await asyncio.sleep(0.1)
-                continue
-            epoch, version, now = update.epoch, update.version, time.time()
-            for model in update.models:
-                weight = model.weights.get("a", 0)
-                if self.routed.get(model.name, (0.0, -1))[1] != weight:
-                    self.routed[model.name] = (now, weight)
-
     async def _watch_memory(self, operator: OperatorProcess) -> None:
         process = psutil.Process(operator.pid)
         while True:
@@ -156,66 +140,72 @@ class Bench:
             found: dict[str, float] = body["setAt"]
             return found
 
-    async def _ready(self) -> int:
-        items = await self.kube.list(MODEL_DEPLOYMENT, NAMESPACE)
-        return sum(
-            c["status"] == "True"
-            for item in items
-            for c in item.get("status", {}).get("conditions", ())
-            if c["type"] == "Ready"
-        )
-
-    async def _cold(self, operator: OperatorProcess) -> None:
-        began, cpu = time.time(), psutil.Process(operator.pid)
-        wanted = self.options.deployments
-        deadline = began + 300
+    async def _cold(self) -> None:
+        began = time.time()
+        wanted: int = self.options.deployments
+        writes = self._writes()
 
         async def until(what: str, holds: Callable[[], Awaitable[bool]]) -> float:
             while not await holds():
-                if time.time() > deadline:
+                if time.time() > began + COLD_SECONDS:
                     raise TimeoutError(what)
-                await asyncio.sleep(0.25)
+                await asyncio.sleep(0.1)
             return time.time() - began
 
         async def in_ray() -> bool:
             return len(await self._set_at()) >= wanted * 3
 
         async def in_table() -> bool:
-            return len(self.routed) >= wanted
+            return len(self.router.models) >= wanted
 
         async def all_ready() -> bool:
-            await asyncio.sleep(2)  # a list of everything is work for the API server, too
-            return await self._ready() >= wanted
+            return len(self.statuses.ready) >= wanted
 
         applications = await until("applications", in_ray)
         table = await until("routes", in_table)
         ready = await until("statuses", all_ready)
-        times = cpu.cpu_times()
-        used = times.user + times.system
         self.report.put("cold.applications_s", applications)
         self.report.put("cold.routes_s", table)
         self.report.put("cold.ready_s", ready)
-        self.report.put("cold.cpu_s", used)
         self.report.rows += [
             ("cold sync", "all applications in Ray", f"{applications:.1f} s"),
             ("", "all routes at a router", f"{table:.1f} s"),
             ("", "all statuses Ready=True", f"{ready:.1f} s"),
-            ("", "CPU time of the operator", f"{used:.1f} s"),
         ]
+        self._who_worked("cold", self._writes() - writes)
         self.report.checks.append(Check("cold sync", ready, 60, at_most=True, unit="s"))
 
-    async def _changes(self, operator: OperatorProcess) -> None:
-        before = psutil.Process(operator.pid).cpu_times()
+    def _writes(self) -> Counter[str]:
+        return api_writes(self.plane.kubectl("get", "--raw", "/metrics"))
+
+    def _who_worked(self, phase: str, writes: Mapping[str, int]) -> None:
+        """Tell what the phase cost whom: that is what bounds it."""
+        seconds, used = self.cpu.lap()
+        share = {name: value / seconds for name, value in used.items()}
+        for name, value in share.items():
+            self.report.put(f"{phase}.cpu.{name.replace(' ', '_')}", value)
+        for name, count in writes.items():
+            self.report.put(f"{phase}.writes.{name}", count)
+        most = sorted(share.items(), key=lambda item: -item[1])[:5]
+        text = ", ".join(f"{name} {value:.0%}" for name, value in most)
+        self.report.rows.append(("", f"cores used ({sum(share.values()):.1f} of {os.cpu_count()})", text))
+        text = ", ".join(f"{count} {name}" for name, count in sorted(writes.items()) if count)
+        self.report.rows.append(("", "writes to the API server", text))
+
+    async def _changes(self) -> None:
         total = int(self.options.rate * self.options.seconds)
-        wrote: list[tuple[int, bool, float]] = []
-        began = time.time()
+        wrote: list[tuple[int, int, float]] = []
         pending: set[asyncio.Task[None]] = set()
+        await self._settled()
+        writes = self._writes()
+        self.cpu.lap()
+        began = time.time()
 
         async def change(number: int, at: int) -> None:
             engine = at % 2 == 0
             body = deployment(number, length=5000 + at) if engine else deployment(number, weight=2 + at)
             await self.kube.apply(MODEL_DEPLOYMENT, body)
-            wrote.append((number, engine, time.time()))
+            wrote.append((number, at, time.time()))
 
         for at in range(total):
             await asyncio.sleep(max(0.0, began + at / self.options.rate - time.time()))
@@ -223,52 +213,50 @@ class Bench:
             pending.add(task)
             task.add_done_callback(pending.discard)
         await asyncio.gather(*pending)
-        times = psutil.Process(operator.pid).cpu_times()
-        share = (times.user + times.system - before.user - before.system) / (time.time() - began) * 100
         ray, table = await self._latencies(wrote)
-        for name, values in (("ray", ray), ("router", table)):
+        for name, label, values in (("ray", "change to Ray", ray), ("router", "change to a router", table)):
             values.sort()
             p99 = values[min(len(values) - 1, int(len(values) * 0.99))] if values else float("inf")
             p50 = statistics.median(values) if values else float("inf")
             self.report.put(f"change.{name}_p50_s", p50)
             self.report.put(f"change.{name}_p99_s", p99)
             self.report.put(f"change.{name}_count", len(values))
-            label = "change to Ray" if name == "ray" else "change to a router"
             self.report.rows.append((label, f"p50 / p99 of {len(values)}", f"{p50:.2f} / {p99:.2f} s"))
             self.report.checks.append(Check(f"{label} p99", p99, 2, at_most=True, unit="s"))
-        self.report.put("change.cpu_percent", share)
-        self.report.rows.append(
-            ("", f"CPU while {self.options.rate:g} changes/s arrive", f"{share:.0f} % of a core")
-        )
+        self._who_worked("change", self._writes() - writes)
 
-    async def _latencies(self, wrote: list[tuple[int, bool, float]]) -> tuple[list[float], list[float]]:
+    async def _settled(self) -> None:
+        """Wait until nothing is rolled out any more, and the last Events of it have been written."""
+        deadline = time.time() + 60
+        while len(self.statuses.ready) < self.options.deployments and time.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(QUIET_SECONDS)
+
+    async def _latencies(self, wrote: list[tuple[int, int, float]]) -> tuple[list[float], list[float]]:
+        """Seconds from the API server's answer to each write until it was where it belongs."""
         deadline = time.time() + MARGIN
         while True:
-            set_at = await self._set_at()
-            newest: dict[str, float] = {}
-            for name, at in set_at.items():
-                model = name.split(".")[1]
-                newest[model] = max(newest.get(model, 0.0), at)
-            # A coarse clock may put the event just before the answer to the write.
-            slack = 0.05
-            ray = [newest[f"m{n}"] - at for n, engine, at in wrote if engine and newest[f"m{n}"] > at - slack]
-            table = [
-                self.routed[f"m{n}"][0] - at
-                for n, engine, at in wrote
-                if not engine and self.routed[f"m{n}"][0] > at - slack
-            ]
-            if len(ray) + len(table) == len(wrote) or time.time() > deadline:
-                missing = len(wrote) - len(ray) - len(table)
+            set_at = [(name.split(".")[1], at) for name, at in (await self._set_at()).items()]
+            ray, table = [], []
+            for number, at, written in wrote:
+                model = f"m{number}"
+                if at % 2:
+                    if routed := self.router.weights.get((model, 2 + at)):
+                        table.append(max(routed - written, 0.0))
+                    continue
+                # The news may come before the answer to the write does; all three variants count.
+                since = sorted(when for name, when in set_at if name == model and when > written - 0.2)
+                if len(since) >= 3:
+                    ray.append(max(since[2] - written, 0.0))
+            missing = len(wrote) - len(ray) - len(table)
+            if not missing or time.time() > deadline:
                 self.report.put("change.missing", missing)
                 self.report.checks.append(Check("changes lost", missing, 0, at_most=True))
-                return [max(v, 0.0) for v in ray], [max(v, 0.0) for v in table]
+                return ray, table
             await asyncio.sleep(0.5)
 
     async def _idle(self, operator: OperatorProcess) -> None:
-        deadline = time.time() + 60
-        while await self._ready() < self.options.deployments and time.time() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(1)
-        await asyncio.sleep(15)  # rollouts end, the last resync of what moved is over
+        await self._settled()
         process = psutil.Process(operator.pid)
         before, began = process.cpu_times(), time.monotonic()
         await asyncio.sleep(self.options.idle)
@@ -320,9 +308,9 @@ def main() -> int:
         plane.wait_for_crd("modeldeployments.modelfleet.io", "servingpools.modelfleet.io")
         asyncio.run(Bench(options, report, Path(directory), plane).run())
     report.notes += [
-        "What bounds it: a cold sync is two writes to the API server for each ModelDeployment (finalizer,",
-        "status) and one route; a change waits for the PUT under way, as each PUT and the GET before it",
-        "carry all applications. Ray is a stand-in here: with a real one its own PUT comes on top.",
+        "What bounds it: the CPU that all share, see above. A cold sync is two writes to the API server for each",
+        "ModelDeployment (finalizer, status) and an Event; a change waits for the PUT under way, as each PUT and",
+        "the GET before it say all applications. Ray is a stand-in: a real one's own work comes on top.",
     ]
     report.print()
     print(report.write())

@@ -96,12 +96,15 @@ def go_on(exchange: Exchange, reason: str) -> None:
         cut_off(exchange, None, failed)
         return
     delivered = recorder.read()
-    if delivered is not None and delivered.size > (reply.splice.begun_at if reply.splice else 0):
-        # Text has come since the last engine died: those that died before may be back.
-        exchange.attempts = 1
-        exchange.tried.clear()
     exchange.order = (endpoint.variant,)
+    progress = delivered is not None and delivered.size > (reply.splice.begun_at if reply.splice else 0)
+    if progress:
+        exchange.attempts = 1
     other = exchange.worker.dispatcher.alternative(exchange)
+    if other is None and progress:
+        # Text has come since the last engine died: those that died before may be back.
+        exchange.tried.clear()
+        other = exchange.worker.dispatcher.alternative(exchange)
     try:
         going_on = continue_stream(
             exchange.operation.kind is Kind.CHAT,

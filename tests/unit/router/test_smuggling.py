@@ -69,6 +69,7 @@ async def test_bytes_behind_an_upgrade_wait_for_the_engines_word(router: Harness
     go.set()
     assert (await client.answer()).status == 403
     assert await client.closed()
+    await client.close()
     assert not engine.extra
     assert len(engine.requests) == 1
     await until(lambda: not router.worker.clients)

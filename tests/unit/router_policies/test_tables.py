@@ -77,7 +77,7 @@ MODELS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(MODELS, max_size=3))
 def test_what_passes_the_checks_can_be_used(models: list[ModelRoute]) -> None:
     good = [model for model in models if not check_models([model])]
@@ -106,6 +106,7 @@ def test_what_passes_the_checks_can_be_used(models: list[ModelRoute]) -> None:
     assert not any(cells)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(MODELS, max_size=2))
 def test_every_fault_has_its_place(models: list[ModelRoute]) -> None:
     for fault in check_models(models):
