@@ -26,6 +26,7 @@ PACKAGE: Final = Path(__file__).parent / "router"
 # What runs for every request or chunk. Modules with msgspec structs can't be compiled, and needn't be:
 # msgspec is C.
 MODULES: Final = (
+    "accesslog",
     "affinity",
     "builtin",
     "choice",
@@ -34,6 +35,9 @@ MODULES: Final = (
     "exchange",
     "failover",
     "health",
+    "incoming",
+    "known_heads",
+    "meters",
     "relay",
     "reply",
     "request",
@@ -48,6 +52,7 @@ MODULES: Final = (
     "worker",
     "policy/fingerprint",
     "policy/group",
+    "policy/key_table",
     "policy/load",
     "policy/prefix_table",
     "policy/quota",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from modelfleet_serving.router.observe import LogEntry
+
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
 
@@ -20,27 +22,6 @@ MAX_WAITING: Final = 200_000
 """Lines that wait for a slow disk; further ones are dropped and counted."""
 
 
-class Entry(msgspec.Struct, omit_defaults=True):
-    """One line. No header, key or body ever stands in it."""
-
-    time: float
-    client: str
-    method: str
-    path: str
-    status: int
-    seconds: float
-    request: str
-    model: str = ""
-    variant: str = ""
-    replica: str = ""
-    fallback: str = ""
-    tenant: str = ""
-    first_byte: float | None = None
-    attempts: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
 class AccessLog:
     """Collects lines on the data path, and writes them elsewhere."""
 
@@ -48,7 +29,7 @@ class AccessLog:
         """``path`` is a file that is appended to, or ``-`` for standard output."""
         self._loop = loop
         self._encoder = msgspec.json.Encoder()
-        self._waiting: list[Entry] = []
+        self._waiting: list[LogEntry] = []
         self._dropped = 0
         self._writing: asyncio.Future[None] | None = None
         if path == "-":
@@ -64,25 +45,26 @@ class AccessLog:
         request = exchange.request
         endpoint = exchange.endpoint
         reply = exchange.reply
-        usage = (reply.usage if reply is not None else None) or (0, 0)
+        usage = reply.usage if reply is not None else None
+        waited = reply.first_byte if reply is not None else None
         self._waiting.append(
-            Entry(
-                time=round(time.time(), 3),
-                client=exchange.client.peer,
-                method=request.method.decode("latin-1"),
-                path=request.path.decode("latin-1"),
-                status=status,
-                seconds=round(seconds, 4),
-                request=exchange.request_id.decode("latin-1"),
-                model=exchange.target.name if exchange.routed else "",
-                variant=endpoint.variant.name if endpoint is not None else "",
-                replica=endpoint.id if endpoint is not None else "",
-                fallback=exchange.fallback_from or "",
-                tenant=exchange.salt,
-                first_byte=reply.first_byte if reply is not None else None,
-                attempts=exchange.attempts,
-                input_tokens=usage[0],
-                output_tokens=usage[1],
+            LogEntry(
+                int(time.time() * 1e3) / 1e3,
+                exchange.client.peer,
+                str(request.method, "latin-1"),
+                str(request.path, "latin-1"),
+                status,
+                int(seconds * 1e4) / 1e4,
+                str(exchange.request_id, "latin-1"),
+                exchange.target.name if exchange.routed else "",
+                endpoint.variant.name if endpoint is not None else "",
+                endpoint.id if endpoint is not None else "",
+                exchange.fallback_from or "",
+                exchange.salt,
+                int(waited * 1e4) / 1e4 if waited is not None else None,
+                exchange.attempts,
+                usage[0] if usage is not None else 0,
+                usage[1] if usage is not None else 0,
             )
         )
 
@@ -95,11 +77,12 @@ class AccessLog:
             _log.warning("the access log is too slow: %d lines dropped", self._dropped)
             self._dropped = 0
 
-    def _write(self, lines: list[Entry]) -> None:
-        data = memoryview(self._encoder.encode_lines(lines))
+    def _write(self, lines: list[LogEntry]) -> None:
+        data = self._encoder.encode_lines(lines)
+        written = 0
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
         except OSError as error:
             _log.error("the access log: %s; %d lines lost", error, len(lines))
 

@@ -9,8 +9,8 @@ Interface::
     prompt = fingerprint(peek.messages, seed, before=(peek.tools, peek.system))
     if prompt is not None:
         endpoint = affinity.choose(group, prompt)           # None when all are full
-        affinity.record(prompt, endpoint)                   # at dispatch: a burst stays together
-        pending_cells[endpoint.cell] += reading_kib(body, prompt.size, prompt.held)   # until the first byte
+        affinity.record(prompt)                             # at dispatch: a burst stays together
+        pending_cells[endpoint.cell] += unread_kib(readable, prompt.size, prompt.held)  # until the first byte
 
 (:class:`modelfleet_serving.router.choice.Selector` does the choosing and recording.)
 
@@ -36,13 +36,15 @@ from itertools import islice
 from typing import Final
 
 from modelfleet_serving.router.policy.fingerprint import BLOCK, Fingerprint, fingerprint, seed_of
-from modelfleet_serving.router.policy.group import Group, R, replica_code
+from modelfleet_serving.router.policy.group import Group, R
 from modelfleet_serving.router.policy.load import (
+    FULL,
     READING_KIB,
     LoadView,
+    SharedLoadView,
     prompt_kib,
     readable_bytes,
-    reading_kib,
+    unread_kib,
 )
 from modelfleet_serving.router.policy.prefix_table import DEFAULT_BYTES, PrefixTable
 
@@ -53,11 +55,12 @@ __all__ = [
     "LoadView",
     "PrefixAffinity",
     "PrefixTable",
+    "SharedLoadView",
     "fingerprint",
     "prompt_kib",
     "readable_bytes",
-    "reading_kib",
     "seed_of",
+    "unread_kib",
 ]
 
 _WORTHWHILE: Final = 4096
@@ -100,30 +103,34 @@ class PrefixAffinity:
     def choose(self, group: Group[R], prompt: Fingerprint) -> R | None:
         """The replica for a prompt, ``None`` when none has room."""
         count = len(group.members)
-        measure = self._load.measure
-        loads = measure(group, range(count) if count <= _ALL else self._sample(group, prompt))
-        if not loads and count > _ALL:
-            loads = measure(group, range(count))
-        if not loads:
-            prompt.held = 0
+        load = self._load
+        loads = load.of_all(group) if count <= _ALL else self._sampled(group, prompt)
+        low = min(loads)
+        if low == FULL and count > _ALL:
+            loads = load.of_all(group)
+            low = min(loads)
+        prompt.held = 0
+        if low == FULL:
             return None
-        best, held = self._weigh(group, prompt, loads)
-        prompt.held = held
+        best = self._weigh(group, prompt, loads, low)
+        prompt.code = group.codes[best]
         return group.members[best]
 
-    def record(self, prompt: Fingerprint, replica: R) -> None:
-        """The replica gets the prompt: from now on it holds it."""
+    def record(self, prompt: Fingerprint) -> None:
+        """The chosen replica gets the prompt: from now on it holds it."""
         hashes = prompt.hashes
+        code = prompt.code
         table = self.table
-        code = replica_code(replica.id.encode())
         # From the end: what it holds already needs no writing but for its place in the order of use.
-        for value in reversed(hashes):
-            if table.add(value, code):
-                table.add(hashes[0], code)
+        for block in range(len(hashes) - 1, -1, -1):
+            known = table.add(hashes[block], code)
+            if known:
+                if known == 1 and block:
+                    table.add(hashes[0], code)
                 return
 
-    def _sample(self, group: Group[R], prompt: Fingerprint) -> set[int]:
-        """Some members: a few random ones, a few that are the same in every process, and holders."""
+    def _sampled(self, group: Group[R], prompt: Fingerprint) -> list[float]:
+        """Loads of some members: a few random ones, a few that are the same in every process, and holders."""
         count = len(group.members)
         hashes = prompt.hashes
         sample = {int(self._random() * count) for _ in range(_ALL // 4)}
@@ -133,46 +140,52 @@ class PrefixAffinity:
                 if code in group.by_code:
                     sample.add(group.by_code[code])
         sample.update(islice(group.walk(hashes[0]), _ALL // 4))
-        return sample
+        loads = [FULL] * count
+        for index in sample:
+            loads[index] = self._load.of(group, index)
+        return loads
 
-    def _weigh(self, group: Group[R], prompt: Fingerprint, loads: dict[int, float]) -> tuple[int, int]:
-        """Index of the replica that gains most over the least loaded one, and the bytes it holds."""
+    def _worth(self, prompt: Fingerprint, block: int, margin: float) -> float:
+        """Requests by which a replica that holds the prompt up to a block may exceed the least loaded one."""
+        held = float(prompt.end(block))
+        worth = max(margin, held * _READING) * held / prompt.size
+        return worth * held / _WORTHWHILE if held < _WORTHWHILE else worth
+
+    def _weigh(self, group: Group[R], prompt: Fingerprint, loads: list[float], low: float) -> int:
+        """Index of the replica that gains most over the least loaded one; notes what it holds."""
         by_code = group.by_code
         hashes = prompt.hashes
-        size = prompt.size
-        low = min(loads.values())
         margin = max(self._absolute, self._relative * low)
         seen: set[int] = set()
-        deepest = self.table.deepest
-        stop, codes = deepest(hashes, len(hashes), by_code, seen)
-        home, bonus = self._home_of(group, prompt, stop)
-        best, best_gain, best_held = -1, -1.0, 0
-        if home in loads and (gain := bonus - (loads[home] - low)) >= 0:
-            best, best_gain = home, gain
+        table = self.table
+        stop, members = table.deepest(hashes, len(hashes), by_code, seen)
+        best, best_gain, best_block = -1, -1.0, -1
+        home, bonus = -1, 0.0
+        if stop + 1 < len(hashes):
+            # A prompt with a new part belongs somewhere.
+            home = group.first(hashes[stop + 1])
+            share = prompt.end(stop) / prompt.size if stop >= 0 else 0.0
+            bonus = self._home * (1.0 - share)
+            gain = bonus - (loads[home] - low)
+            if gain >= 0.0:
+                best, best_gain = home, gain
         for _ in range(_ROUNDS):
             if stop < 0:
                 break
-            held = prompt.end(stop)
-            worth = max(margin, held * _READING) * held / size * min(1.0, held / _WORTHWHILE)
-            for code in codes:
-                index = by_code[code]
-                if index in loads:
-                    gain = worth - (loads[index] - low) + (bonus if index == home else 0.0)
-                    if gain >= 0 and gain > best_gain:
-                        best, best_gain, best_held = index, gain, held
-            if worth + bonus <= best_gain:
+            worth = self._worth(prompt, stop, margin)
+            for index in members:
+                gain = worth - (loads[index] - low)
+                if index == home:
+                    gain += bonus
+                if gain >= 0.0 and gain > best_gain:
+                    best, best_gain, best_block = index, gain, stop
+            # Others hold less: look for them only while they could gain more.
+            if not stop or self._worth(prompt, stop - 1, margin) + bonus <= best_gain:
                 break
-            # Others may hold nearly as much and be less busy.
-            seen.update(codes)
-            stop, codes = deepest(hashes, stop + 1, by_code, seen)
+            seen.update(members)
+            stop, members = table.deepest(hashes, stop + 1, by_code, seen)
         if best < 0:
-            order = group.walk(hashes[0])
-            best = next(index for index in order if loads.get(index) == low)
-        return best, best_held
-
-    def _home_of(self, group: Group[R], prompt: Fingerprint, known: int) -> tuple[int, float]:
-        """Where a prompt with a new part belongs, and by how much its load may exceed the least."""
-        if known + 1 == len(prompt.hashes):
-            return -1, 0.0
-        share = prompt.end(known) / prompt.size if known >= 0 else 0.0
-        return next(group.walk(prompt.hashes[known + 1])), self._home * (1 - share)
+            best = next(index for index in group.walk(hashes[0]) if loads[index] == low)
+        if best_block >= 0:
+            prompt.held = prompt.end(best_block)
+        return best

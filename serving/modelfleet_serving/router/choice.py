@@ -7,7 +7,7 @@ Interface::
     plan = VariantPlan(variants_by_name, weights, fallback, start=rng.random())
     # when an endpoint's state, health or capacity changes: pool.refresh()
 
-    load = LoadView(counters.total, pending.total)    # two shared counters a row: see LoadView
+    load = SharedLoadView(cells, reading, workers)    # two shared counters a row: see LoadView
     selector = Selector(load, random.Random(), PrefixAffinity(load, random.Random(), table))
     session = session_key(header) if header else None
     order = plan.order(pin, session)              # once a request: chosen variant first, then fallbacks
@@ -15,7 +15,7 @@ Interface::
         endpoint = selector.pick(variant.pool, prompt=prompt, session=session, exclude=tried)
         if endpoint is not None:
             cells[endpoint.cell] += 1             # count before dispatch
-            # and count reading_kib(...) as pending until the first byte of the answer
+            # and count unread_kib(...) as pending until the first byte of the answer
             break
 
 **Variant.** A pin takes that variant alone. Otherwise the weights decide, exactly over time. When the chosen
@@ -41,6 +41,7 @@ from xxhash import xxh3_64_intdigest
 
 from modelfleet_serving.router.affinity import Fingerprint, LoadView, PrefixAffinity
 from modelfleet_serving.router.policy.group import UNLIMITED, Group, R, Replica
+from modelfleet_serving.router.policy.load import FULL
 from modelfleet_serving.router.policy.split import Split
 
 __all__ = ["UNLIMITED", "Group", "Pool", "Replica", "Selector", "Split", "VariantPlan", "session_key"]
@@ -228,30 +229,38 @@ class Selector:
             return self._least(group)
         found = self._affinity.choose(group, prompt)
         if found is not None:
-            self._affinity.record(prompt, found)
+            self._affinity.record(prompt)
         return found
 
     def _least(self, group: Group[R]) -> R | None:
         """The least loaded of few, the better of two random ones of many; any with room if those are full."""
         members = group.members
         count = len(members)
-        loads: dict[int, float] = {}
+        load = self._load
         if count > _SCAN:
             one = int(self._random() * count)
             other = int(self._random() * (count - 1))
-            loads = self._load.measure(group, (one, other + (other >= one)))
-        if not loads:
-            # Begins anywhere: of equally loaded ones the first is taken.
-            start = int(self._random() * count)
-            loads = self._load.measure(group, range(start - count, start))
-        return members[min(loads, key=loads.__getitem__)] if loads else None
+            other += other >= one
+            best = one if load.of(group, one) <= load.of(group, other) else other
+            if load.of(group, best) < FULL:
+                return members[best]
+        # Of equally loaded ones it is each one's turn.
+        index = group.turn
+        best, low = -1, FULL
+        for _ in range(count):
+            index = index + 1 if index + 1 < count else 0
+            found = load.of(group, index)
+            if found < low:
+                best, low = index, found
+        if best < 0:
+            return None
+        group.turn = best
+        return members[best]
 
     def _for_session(self, group: Group[R], session: int) -> R | None:
-        loads = self._load.measure(group, range(len(group.members)))
-        if not loads:
+        loads = self._load.of_all(group)
+        low = min(loads)
+        if low == FULL:
             return None
-        low = min(loads.values())
         bound = low + max(self._absolute, self._relative * low)
-        return next(
-            group.members[index] for index in group.walk(session) if loads.get(index, bound + 1) <= bound
-        )
+        return next(group.members[index] for index in group.walk(session) if loads[index] <= bound)

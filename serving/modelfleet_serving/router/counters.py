@@ -12,17 +12,14 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Final
-
-from xxhash import xxh3_64_intdigest
+from typing import Any, Final
 
 from modelfleet_serving.router.affinity import DEFAULT_BYTES
-from modelfleet_serving.router.tenants import RATES
+from modelfleet_serving.router.policy.quota import RATES, TenantRows
 
 ROWS: Final = 65_536
 TENANT_ROWS: Final = 16_384
 _CELL: Final = 4
-_TAG: Final = (1 << 63) - 1
 
 
 class Counters:
@@ -31,21 +28,19 @@ class Counters:
     Attributes:
         cells: requests in flight, row by row; this worker's cell of ``row`` is ``row * workers + worker``.
         reading: likewise, KiB of prompts that an engine has got and not begun to answer.
-        running: likewise, requests in flight by tenant.
-        rates: what tenants used, ``RATES`` a row.
-        tags: whose row each is, see :class:`TenantRows`.
+        tenants: what tenants use.
         prefixes: memory of the prefix table.
     """
 
     __slots__ = (
         "_memory",
+        "_running",
+        "_views",
         "cells",
         "fd",
         "prefixes",
-        "rates",
         "reading",
-        "running",
-        "tags",
+        "tenants",
         "worker",
         "workers",
     )
@@ -69,9 +64,9 @@ class Counters:
             parts.append(whole[start : start + size])
             start += size
         self.prefixes, tags, rates, cells, reading, running = parts
-        self.tags: memoryview[int] = tags.cast("q")
-        self.rates: memoryview[float] = rates.cast("d")
-        self.cells, self.reading, self.running = cells.cast("i"), reading.cast("i"), running.cast("i")
+        self.cells, self.reading, self._running = cells.cast("i"), reading.cast("i"), running.cast("i")
+        self._views: list[memoryview[Any]] = [tags.cast("q"), rates.cast("d")]
+        self.tenants = TenantRows(self._views[0], self._views[1], self._running, workers, worker)
 
     def cell(self, row: int) -> int:
         """Index of this worker's cell of a row."""
@@ -93,16 +88,15 @@ class Counters:
 
     def clear_worker(self, worker: int) -> None:
         """Forgets what a worker that is gone had counted."""
-        for cells in (self.cells, self.reading, self.running):
+        for cells in (self.cells, self.reading, self._running):
             for index in range(worker, len(cells), self.workers):
                 if cells[index]:
                     cells[index] = 0
 
     def close(self) -> None:
         """Unmaps the memory, unless something still looks at it; then the end of the process does."""
-        for view in (self.cells, self.reading, self.running, self.tags):
+        for view in (self.cells, self.reading, self._running, *self._views):
             view.release()
-        self.rates.release()
         with contextlib.suppress(BufferError):
             self._memory.close()
         os.close(self.fd)
@@ -113,42 +107,6 @@ def _anonymous_file() -> int:
         return os.memfd_create("modelfleet-router", 0)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
-
-
-class TenantRows:
-    """Rows of tenants that every worker finds alike: an open hash table in the shared memory.
-
-    Each row has a tag of its tenant's name. Two workers that claim the same free row for different
-    tenants at the same moment are told apart at the next look: the one whose tag was lost moves on.
-    """
-
-    def __init__(self, counters: Counters) -> None:
-        self._counters = counters
-
-    def row(self, name: str) -> int:
-        """The row of a tenant."""
-        tags = self._counters.tags
-        digest = xxh3_64_intdigest(name.encode())
-        tag = (digest & _TAG) or 1
-        row = digest % TENANT_ROWS
-        for _ in range(TENANT_ROWS):
-            found = tags[row]
-            if found == tag:
-                return row
-            if not found:
-                tags[row] = tag
-                return row
-            row = (row + 1) % TENANT_ROWS
-        return digest % TENANT_ROWS
-
-    def add(self, name: str, change: int) -> None:
-        """A request of a tenant begins (1) or ends (-1)."""
-        self._counters.running[self._counters.cell(self.row(name))] += change
-
-    def total(self, name: str) -> int:
-        """Requests of a tenant in flight, over all workers."""
-        start = self.row(name) * self._counters.workers
-        return sum(self._counters.running[start : start + self._counters.workers])
 
 
 class RowAllocator:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from modelfleet_serving.contract import Affinity
 from modelfleet_serving.router.affinity import (
     Fingerprint,
-    LoadView,
     PrefixAffinity,
     PrefixTable,
+    SharedLoadView,
     fingerprint,
-    reading_kib,
+    unread_kib,
 )
 from modelfleet_serving.router.choice import Selector, session_key
 from modelfleet_serving.router.health import Circuit, Failure, State, limit_of
@@ -30,7 +30,7 @@ class Dispatcher:
     def __init__(self, worker: Worker) -> None:
         counters = worker.counters
         rng = random.Random()  # noqa: S311 - spreads load
-        load = LoadView(counters.total, counters.total_reading)
+        load = SharedLoadView(counters.cells, counters.reading, counters.workers)
         prefixes = PrefixAffinity(load, rng, PrefixTable(counters.prefixes))
         self._loop = worker.loop
         self._max_attempts = worker.settings.max_attempts
@@ -50,7 +50,7 @@ class Dispatcher:
         """
         target = exchange.target
         model = target.model
-        if model.affinity is not Affinity.NONE:
+        if exchange.request.steered and model.affinity is not Affinity.NONE:
             session = exchange.request.special.get(b"x-modelfleet-session")
             if session is not None:
                 exchange.session = session_key(session, target.seed(exchange.salt))
@@ -108,7 +108,9 @@ class Dispatcher:
         target = exchange.target
         if peek is not None and exchange.operation.generates and target.model.affinity is Affinity.PREFIX:
             raw = peek.messages or peek.prompt or peek.input
-            exchange.prompt = fingerprint(raw, target.seed(exchange.salt), (peek.tools, peek.system))
+            tools, system = peek.tools, peek.system
+            before = (tools, system) if tools or system else ()
+            exchange.prompt = fingerprint(raw, target.seed(exchange.salt), before)
         return exchange.prompt
 
     def alternative(self, exchange: Exchange) -> EndpointRef | None:
@@ -128,8 +130,8 @@ class Dispatcher:
         """Counts a request on its engine before it is sent there: the next choice sees it."""
         self._cells[endpoint.cell] += 1
         prompt = exchange.prompt
-        body = exchange.request.body
-        kib = reading_kib(body) if prompt is None else reading_kib(body, prompt.size, prompt.held)
+        readable = exchange.readable
+        kib = unread_kib(readable) if prompt is None else unread_kib(readable, prompt.size, prompt.held)
         if kib:
             exchange.reading = kib
             self._reading[endpoint.cell] += kib

@@ -1,8 +1,7 @@
-"""What a worker counts: plain numbers on the data path, turned into metrics when they are asked for."""
+"""What workers have counted, as they tell the supervisor; it adds up and turns into metrics."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Final
 
@@ -20,11 +19,6 @@ class Histogram(msgspec.Struct):
     bounds: tuple[float, ...]
     counts: list[int]
     sum: float = 0.0
-
-    def observe(self, value: float) -> None:
-        """Counts one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
 
     def add(self, other: Histogram) -> None:
         """Adds another process's counts."""
@@ -111,3 +105,24 @@ def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
                 total.variants.append(known[key])
             known[key].add(stats)
     return total
+
+
+class LogEntry(msgspec.Struct, omit_defaults=True, gc=False):
+    """One line of the access log. No header, key or body ever stands in it."""
+
+    time: float
+    client: str
+    method: str
+    path: str
+    status: int
+    seconds: float
+    request: str
+    model: str = ""
+    variant: str = ""
+    replica: str = ""
+    fallback: str = ""
+    tenant: str = ""
+    first_byte: float | None = None
+    attempts: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0

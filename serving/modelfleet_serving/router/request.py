@@ -26,8 +26,11 @@ _EXPECT: Final = 6
 _UPGRADE: Final = 7
 _KEEP: Final = 8
 _TAKE: Final = 9
+_STEER: Final = 10
+_STEER_KEEP: Final = 11
 
-# Headers that mean something to the router. Hop-by-hop ones end here; _TAKE ones are the router's own.
+# Headers that mean something to the router. Hop-by-hop ones end here; _TAKE and _STEER ones are the router's
+# own.
 HEADER_CODES: Final[dict[bytes, int]] = {
     b"host": _TAKE,
     b"content-length": _LENGTH,
@@ -48,13 +51,13 @@ HEADER_CODES: Final[dict[bytes, int]] = {
     b"x-api-key": _TAKE,
     b"access-control-request-headers": _TAKE,
     b"traceparent": _KEEP,
-    HEADER_REQUEST_ID.encode(): _TAKE,
-    HEADER_MODEL.encode(): _TAKE,
-    HEADER_VARIANT.encode(): _TAKE,
-    HEADER_PRIORITY.encode(): _TAKE,
-    HEADER_TIMEOUT.encode(): _TAKE,
-    HEADER_KEEP_ALIVE.encode(): _TAKE,
-    HEADER_SESSION.encode(): _KEEP,
+    HEADER_REQUEST_ID.encode(): _STEER,
+    HEADER_MODEL.encode(): _STEER,
+    HEADER_VARIANT.encode(): _STEER,
+    HEADER_PRIORITY.encode(): _STEER,
+    HEADER_TIMEOUT.encode(): _STEER,
+    HEADER_KEEP_ALIVE.encode(): _STEER,
+    HEADER_SESSION.encode(): _STEER_KEEP,
     HEADER_REPLICA.encode(): _DROP,
     HEADER_FALLBACK.encode(): _DROP,
 }
@@ -68,6 +71,7 @@ class Request:
     Attributes:
         target: path and query as sent, in origin form.
         lines: end-to-end headers as alternating name, separator, value and line end.
+        joined: the same in one piece, where that is known.
         special: values of the headers the router knows, by lower-case name.
         length: of the body as announced, -1 when it comes in chunks.
         body: the whole body, once it is complete.
@@ -92,6 +96,9 @@ class Request:
     wire = 0
     held = 0
     body = b""
+    joined = b""
+    steered = False
+    """Has a header that is meant for the router, beside its credentials."""
     tenant: Tenant | None = None
     refusal: RequestError | None = None
     """Why it is not to be served; said once its body is read."""
@@ -113,7 +120,10 @@ class Request:
             if key in self.special and key in _ONCE:
                 raise RequestError(400, f"the header {key.decode()} occurs twice", code="invalid_header")
             self.special[key] = value
-            if code == _KEEP:
+            if code == _STEER:
+                self.steered = True
+            elif code != _TAKE:
+                self.steered |= code == _STEER_KEEP
                 self.lines += (name, b": ", value, b"\r\n")
         elif code == _LENGTH:
             self.length = int(value)  # the parser refuses anything but digits, and a second one
@@ -176,7 +186,8 @@ class Request:
         lines = self.lines
         for start in range(0, len(lines), 4):
             if lines[start].lower() == name:
-                del lines[start : start + 4]
+                self.lines = lines[:start] + lines[start + 4 :]
+                self.joined = b""
                 return
 
     def text(self, name: str) -> str | None:

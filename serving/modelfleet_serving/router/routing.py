@@ -44,7 +44,7 @@ def find_target(exchange: Exchange) -> Target:
     if not name:
         raise RequestError(400, "you must provide a model parameter", code="missing_model", param="model")
     target = exchange.worker.table.resolve(name)
-    pin = request.special.get(b"x-modelfleet-variant")
+    pin = request.special.get(b"x-modelfleet-variant") if request.steered else None
     if pin is not None:
         target = _pin(target, pin.strip().decode("latin-1"))
     if target.name != name:

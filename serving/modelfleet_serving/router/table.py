@@ -28,7 +28,8 @@ from modelfleet_serving.router.affinity import seed_of
 from modelfleet_serving.router.choice import Pool, VariantPlan
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import OutlierDetector, Outliers, RetryBudget, limit_of
-from modelfleet_serving.router.observe import VariantStats
+from modelfleet_serving.router.known_heads import KnownAnswers
+from modelfleet_serving.router.meters import VariantMeter
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
@@ -55,11 +56,13 @@ class EndpointRef:
         ready: may get new requests, by its supervisor's word.
         limit: requests it may have in flight now; 0 while it is not to get any.
         idle: open connections that carry no request, the most recently used last.
+        answers: the head that it answered with last.
     """
 
     __slots__ = (
         "_blocks",
         "adapters",
+        "answers",
         "authority",
         "capacity",
         "cell",
@@ -87,6 +90,7 @@ class EndpointRef:
         self.ready = False
         self.circuit = variant.health.circuit(spec.id)
         self.idle: list[UpstreamConnection] = []
+        self.answers = KnownAnswers()
         self._blocks: dict[str, bytes] = {}
         self.tls, self.host, self.port, self.authority, self.path = parse_endpoint_url(spec.url)
         self.request_tail = b" HTTP/1.1\r\nhost: " + self.authority + b"\r\n"
@@ -129,7 +133,7 @@ class VariantRef:
         self.endpoints: list[EndpointRef] = []
         self.pool: Pool[EndpointRef] = Pool(())
         self.health: OutlierDetector = OutlierDetector(Outliers(), random.Random())  # noqa: S311 - spreads probes
-        self.stats = VariantStats(model=model.name, variant=name)
+        self.stats = VariantMeter(model.name, name)
 
 
 class ModelRef:
@@ -151,7 +155,7 @@ class ModelRef:
     def __init__(self, spec: ModelRoute, row: int) -> None:
         self.name = spec.name
         self.row = row
-        self.stats = VariantStats(model=spec.name, variant="")
+        self.stats = VariantMeter(spec.name, "")
         self.budget = RetryBudget()
         self.take(spec, {})
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from modelfleet_serving.router.counters import Counters, TenantRows
+from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.key_files import read_key_documents
 from modelfleet_serving.router.request import Request
@@ -41,7 +41,11 @@ def load_keys(path: Path) -> tuple[dict[str, bytes], KeyTable]:
 
 
 class Tenancy:
-    """API keys and limits. Without keys, everybody may do everything."""
+    """API keys and limits. Without keys, everybody may do everything.
+
+    Attributes:
+        generation: changes with each reread of the keys.
+    """
 
     def __init__(self, path: str, counters: Counters, loop: asyncio.AbstractEventLoop) -> None:
         """Reads the keys.
@@ -53,10 +57,10 @@ class Tenancy:
         self._loop = loop
         self._keys: KeyTable | None = None
         self._documents: dict[str, bytes] = {}
+        self.generation = 0
         if self._path is not None:
             self._documents, self._keys = load_keys(self._path)
-        rows = TenantRows(counters)
-        self._quotas = Quotas(counters.rates, rows.row, rows)
+        self._quotas = Quotas(counters.tenants)
 
     @property
     def enabled(self) -> bool:
@@ -95,6 +99,7 @@ class Tenancy:
                     continue
                 self._documents = documents
                 self._keys = await asyncio.to_thread(parse_keys, documents)
+                self.generation += 1
             except (KeysError, OSError) as error:
                 _log.error("the API keys stay as they were: %s", error)
             else:

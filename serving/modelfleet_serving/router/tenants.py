@@ -3,7 +3,7 @@
 Interface::
 
     table = parse_keys(read_key_documents(path))     # KeysError lists every fault; keep the old table then
-    quotas = Quotas(shared_doubles, row_of, shared_in_flight)
+    quotas = Quotas(counters.tenants)
 
     tenant = table.authenticate(headers.get(b"authorization"), headers.get(b"x-api-key"))   # RequestError 401
     tenant.check(model_or_adapter)                                                          # RequestError 403
@@ -38,7 +38,6 @@ router that share memory; routers on several hosts each grant the whole limit: d
 from __future__ import annotations
 
 import hashlib
-import hmac
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -48,19 +47,18 @@ import msgspec
 import msgspec.structs
 import yaml
 
-from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.holding import NORMAL, PriorityError, parse_priority
-from modelfleet_serving.router.policy.quota import RATES, InFlight, Lease, LocalInFlight, Quotas
+from modelfleet_serving.router.policy.key_table import LOOKUP, KeyTable, Tenant
+from modelfleet_serving.router.policy.quota import RATES, Lease, Quotas, TenantRows
 
 __all__ = [
     "RATES",
-    "InFlight",
     "KeyTable",
     "KeysError",
     "Lease",
-    "LocalInFlight",
     "Quotas",
     "Tenant",
+    "TenantRows",
     "estimate_tokens",
     "generate_key",
     "hash_key",
@@ -72,10 +70,7 @@ _FIELD: Final = re.compile(r"[A-Za-z]{1,32}")
 _PREFIX: Final = "mf-"
 _HASH: Final = re.compile(r"sha256:([0-9a-f]{64})")
 _HIGHEST: Final = 5
-_LOOKUP: Final = 16
-"""Bytes of a hash that find it; all of it is compared then."""
 _BYTES_PER_TOKEN: Final = 4
-_CHALLENGE: Final = b"www-authenticate: Bearer\r\n"
 
 
 class KeysError(ValueError):
@@ -115,110 +110,6 @@ class _Entry(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
 
 
 _FIELDS: Final = frozenset(field.encode_name for field in msgspec.structs.fields(_Entry))
-
-
-class Tenant:
-    """Who a key belongs to and what it may do. Holds no key and no hash.
-
-    Attributes:
-        name: unique.
-        rates: requests, input tokens and output tokens a minute, ``None`` for no limit.
-        concurrency: requests at once.
-        priority: the highest class it may ask for.
-    """
-
-    __slots__ = ("_all", "_variants", "concurrency", "name", "priority", "rates")
-
-    def __init__(self, entry: _Entry, name: str, priority: int) -> None:
-        self.name = name
-        self.rates: tuple[float | None, float | None, float | None] = (
-            entry.requests_per_minute,
-            entry.input_tokens_per_minute,
-            entry.output_tokens_per_minute,
-        )
-        self.concurrency = entry.concurrency
-        self.priority = priority
-        self._all = "*" in entry.models
-        whole = {model for model in entry.models if ":" not in model}
-        self._variants: dict[str, frozenset[str] | None] = dict.fromkeys(entry.models)
-        for model, _, variant in (entry.rpartition(":") for entry in entry.models):
-            if model and model not in whole:
-                self._variants[model] = (self._variants.get(model) or frozenset()) | {variant}
-
-    def __repr__(self) -> str:
-        return f"Tenant({self.name!r})"
-
-    def allows(self, model: str) -> bool:
-        """Whether it may use a model or adapter, or at least one variant of it."""
-        return self._all or model in self._variants
-
-    def variants_of(self, model: str) -> frozenset[str] | None:
-        """The variants of a model that it may use; ``None`` for all of them."""
-        return None if self._all else self._variants.get(model)
-
-    def check(self, model: str, variant: str | None = None) -> None:
-        """Refuses what it may not use.
-
-        Args:
-            model: The model or adapter that a request names.
-            variant: The variant that it is pinned to.
-
-        Raises:
-            RequestError: 403.
-        """
-        if self._all:
-            return
-        variants = self._variants.get(model, frozenset())
-        if variants is None or variant in variants or (variant is None and variants):
-            return
-        asked = model if variant is None else f"{model}:{variant}"
-        raise RequestError(
-            403, f"this API key may not use {asked[:200]!r}", code="model_not_allowed", param="model"
-        )
-
-
-class KeyTable:
-    """All keys, immutable: a reread makes a new one."""
-
-    __slots__ = ("_tenants", "names")
-
-    def __init__(self, tenants: Mapping[bytes, tuple[bytes, Tenant]]) -> None:
-        self._tenants = dict(tenants)
-        self.names = frozenset(tenant.name for _, tenant in tenants.values())
-
-    def __repr__(self) -> str:
-        return f"KeyTable({len(self.names)} tenants)"
-
-    def __len__(self) -> int:
-        return len(self._tenants)
-
-    def authenticate(self, authorization: bytes | None, api_key: bytes | None = None) -> Tenant:
-        """The tenant of a request, by its ``authorization`` header or else ``x-api-key``.
-
-        Raises:
-            RequestError: 401.
-        """
-        if authorization is not None:
-            scheme, _, key = authorization.strip().partition(b" ")
-            if scheme.lower() != b"bearer":
-                raise RequestError(
-                    401, "the authorization scheme must be Bearer", code="invalid_api_key", headers=_CHALLENGE
-                )
-        else:
-            key = api_key or b""
-        key = key.strip()
-        if not key:
-            raise RequestError(
-                401,
-                "you didn't provide an API key: send it as 'Authorization: Bearer KEY'",
-                code="missing_api_key",
-                headers=_CHALLENGE,
-            )
-        digest = hashlib.sha256(key).digest()
-        found = self._tenants.get(digest[:_LOOKUP])
-        if found is None or not hmac.compare_digest(digest, found[0]):
-            raise RequestError(401, "incorrect API key provided", code="invalid_api_key", headers=_CHALLENGE)
-        return found[1]
 
 
 def parse_keys(documents: Mapping[str, bytes]) -> KeyTable:
@@ -296,7 +187,8 @@ def _add(
     except PriorityError:
         faults.append(f"{place}.priority is not low, normal, high or -{_HIGHEST}..{_HIGHEST}")
         priority = NORMAL
-    tenant = Tenant(entry, name, priority)
+    rates = (entry.requests_per_minute, entry.input_tokens_per_minute, entry.output_tokens_per_minute)
+    tenant = Tenant(name, entry.models, rates, entry.concurrency, priority)
     hashes = [*([entry.hash] if entry.hash else []), *entry.hashes]
     if not hashes:
         faults.append(f"{place}.hash is missing")
@@ -306,6 +198,6 @@ def _add(
             faults.append(f"{place}.hash is not sha256: and 64 hexadecimal digits")
             continue
         digest = bytes.fromhex(matched[1])
-        if digest[:_LOOKUP] in tenants:
+        if digest[:LOOKUP] in tenants:
             faults.append(f"{place}.hash occurs twice")
-        tenants[digest[:_LOOKUP]] = (digest, tenant)
+        tenants[digest[:LOOKUP]] = (digest, tenant)

@@ -79,6 +79,12 @@ class UpstreamConnection:
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
+        answers = self.endpoint.answers
+        known = answers.find(data)
+        if known is not None:
+            head, end = known
+            exchange.on_response(self, head, data[end:])
+            return
         while True:
             end = data.find(b"\r\n\r\n")
             if end < 0:
@@ -87,6 +93,7 @@ class UpstreamConnection:
                 self._buffer = data
                 return
             head = ResponseHead(data[:end])
+            answers.learn(data[: end + 4], head)
             data = data[end + 4 :]
             if head.status >= 200 or head.status == 101:
                 if head.status == 101 and not exchange.request.upgrades:

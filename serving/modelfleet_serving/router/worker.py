@@ -132,10 +132,10 @@ class Worker:
     async def snapshot(self) -> Snapshot:
         """What this worker has counted."""
         variants = [
-            stats
+            meter.stats()
             for model in self.table.models.values()
-            for stats in (model.stats, *(variant.stats for variant in model.variants.values()))
-            if stats.requests or stats.statuses or stats.ejections
+            for meter in (model.stats, *(variant.stats for variant in model.variants.values()))
+            if meter.used
         ]
         queued = self.dispatcher.waiting.queued()
         for stats in variants:

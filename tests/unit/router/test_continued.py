@@ -147,16 +147,18 @@ async def test_it_can_be_switched_off() -> None:
 
 
 async def test_two_deaths_in_a_row(router: Harness) -> None:
+    third_is_there = asyncio.Event()
+
     async def dies_going_on(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(SSE_HEAD + chunk(event(_delta(" two", id="y"))))
         await writer.drain()
-        await asyncio.sleep(0.02)
+        await third_is_there.wait()
         writer.transport.abort()
 
     one, two, three = [await router.engine(name) for name in ("one", "two", "three")]
     one.handler, two.handler, three.handler = speaks_then_dies("one"), dies_going_on, goes_on
     tables = []
-    for ready in ([one], [one, two], [one, two, three]):
+    for ready in ([one], [one, two], [two, three]):
         table = model(a=[one, two, three])
         for endpoint in table["variants"][0]["endpoints"]:
             endpoint["state"] = "Ready" if endpoint["id"] in {e.name for e in ready} else "Starting"
@@ -168,6 +170,7 @@ async def test_two_deaths_in_a_row(router: Harness) -> None:
     await router.table(tables[1])
     first = await client.reader.readuntil(b" two")
     await router.table(tables[2])
+    third_is_there.set()
     rest, complete = b"", True
     while not rest.endswith(b"0\r\n\r\n"):
         data = await asyncio.wait_for(client.reader.read(65_536), 5)

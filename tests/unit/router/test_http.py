@@ -451,7 +451,7 @@ async def test_a_next_request_is_bounded_while_one_runs(router: Harness) -> None
         for _ in range(3000):
             client.send(b"b" * 1000)
             await asyncio.sleep(0)
-    await until(lambda: all(one._request is None for one in router.worker.clients))
+    await until(lambda: all(one.request is None for one in router.worker.clients))
 
 
 async def test_caches_keep_origins_apart() -> None:

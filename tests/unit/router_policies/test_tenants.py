@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from modelfleet_serving.router.tenants import (
     Lease,
     Quotas,
     Tenant,
+    TenantRows,
     estimate_tokens,
     generate_key,
     hash_key,
@@ -283,17 +283,22 @@ def test_without_limits_there_are_no_headers() -> None:
     assert Quotas().admit(tenant(), 0.0).headers == b""
 
 
-def test_workers_share_a_limit_through_memory() -> None:
-    with mmap.mmap(-1, 8 * RATES * 4) as memory, memoryview(memory) as view, view.cast("d") as cells:
-        one, other = (Quotas(cells, lambda name: 2) for _ in range(2))
-        for number in range(10):
-            (one if number % 2 else other).admit(tenant(requestsPerMinute=10), 5.0)
-        assert isinstance(admit(one, tenant(requestsPerMinute=10), 5.0), RequestError)
+def test_workers_share_limits_through_memory() -> None:
+    tags, rates, running = (memoryview(bytearray(8 * size)) for size in (4, 4 * RATES, 4))
+    cells = tags.cast("q"), rates.cast("d"), running.cast("i")
+    one, other = (Quotas(TenantRows(*cells, workers=2, worker=worker)) for worker in range(2))
+    strict = tenant(requestsPerMinute=10, concurrency=10)
+    leases = [(one if number % 2 else other).admit(strict, 5.0) for number in range(10)]
+    assert isinstance(admit(one, strict, 5.0), RequestError)
+    assert isinstance(admit(other, strict, 65.0), RequestError)  # all ten still run
+    leases[0].settle(65.0)
+    assert isinstance(admit(one, strict, 65.0), Lease)
 
 
-def test_shared_cells_need_shared_rows() -> None:
-    with pytest.raises(ValueError, match="row_of"):
-        Quotas([0.0] * RATES)
+def test_tenants_never_share_a_row_while_there_are_rows() -> None:
+    rows = TenantRows.private()
+    assert len({rows.row(f"tenant-{number}") for number in range(1000)}) == 1000
+    assert rows.row("tenant-7") == rows.row("tenant-7")
 
 
 @given(

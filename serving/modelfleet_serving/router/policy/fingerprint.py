@@ -48,14 +48,15 @@ class Fingerprint:
         hashes: one a block, each of everything up to the end of its block.
         size: bytes of the prompt.
         held: bytes of it that the chosen replica holds; set by the choice.
+        code: the chosen replica's code in the prefix table.
     """
 
-    __slots__ = ("_base", "_skip", "hashes", "held", "size")
+    __slots__ = ("_base", "_skip", "code", "hashes", "held", "size")
 
     def __init__(self, hashes: list[int], size: int, base: int, skip: int) -> None:
         self.hashes = hashes
         self.size = size
-        self.held = 0
+        self.held = self.code = 0
         self._base = base
         self._skip = skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Final, Generic, Protocol, TypeVar
 
 from xxhash import xxh3_64_intdigest
@@ -52,52 +51,56 @@ R = TypeVar("R", bound=Replica)
 
 
 class Group(Generic[R]):
-    """Usable replicas, immutable. Made anew when membership, state, health or capacity changes.
+    """Usable replicas, immutable but for whose turn it is.
+
+    Made anew when membership, state, health or capacity changes.
 
     Attributes:
         members: those with a limit above 0.
+        rows: by member, its row of shared counters.
+        limits: by member, requests it may have in flight.
+        codes: by member, a 16-bit code: how the prefix table names it.
+        by_code: index of a member by its code.
+        turn: index of the member that got the last request by load alone.
         scale: by member, how much heavier a request weighs there than on the biggest one; ``None`` when all
             are equal, which is the common case.
     """
 
     def __init__(self, replicas: Sequence[R]) -> None:
         self.members: list[R] = [replica for replica in replicas if replica.limit > 0]
+        self.rows: list[int] = [replica.row for replica in self.members]
+        self.limits: list[int] = [replica.limit for replica in self.members]
+        self.codes: list[int] = [replica_code(replica.id.encode()) for replica in self.members]
+        self.by_code: dict[int, int] = {code: index for index, code in enumerate(self.codes)}
+        self._ring: list[int] = []
+        self.turn = 0
         sizes = {replica.capacity for replica in self.members}
         self.scale: list[float] | None = None
         if len(sizes) > 1:
             biggest = max(size or 1 for size in sizes)
             self.scale = [biggest / (replica.capacity or biggest) for replica in self.members]
 
-    @cached_property
-    def names(self) -> list[bytes]:
-        """Ids as bytes."""
-        return [replica.id.encode() for replica in self.members]
-
-    @cached_property
-    def codes(self) -> list[int]:
-        """16-bit code of each member: how the prefix table names it."""
-        return [replica_code(name) for name in self.names]
-
-    @cached_property
-    def by_code(self) -> dict[int, int]:
-        """Index of a member by its code."""
-        return {code: index for index, code in enumerate(self.codes)}
-
-    @cached_property
-    def _ring(self) -> list[int]:
+    def _points(self) -> list[int]:
         """Points of a consistent hash ring, each with its member's index in the low bits."""
-        return sorted(
-            xxh3_64_intdigest(name, point) & _POINT | index
-            for index, name in enumerate(self.names)
-            for point in range(_POINTS)
-        )
+        if not self._ring:
+            self._ring = sorted(
+                xxh3_64_intdigest(member.id.encode(), point) & _POINT | index
+                for index, member in enumerate(self.members)
+                for point in range(_POINTS)
+            )
+        return self._ring
+
+    def first(self, key: int) -> int:
+        """Index of the member that is to take a key."""
+        ring = self._points()
+        return ring[bisect_right(ring, key & _POINT) % len(ring)] & _INDEX
 
     def walk(self, key: int) -> Iterator[int]:
         """Indices of all members in the order in which they are to take a key.
 
         The same in every process, and when a member comes or goes only the keys that it takes or had move.
         """
-        ring = self._ring
+        ring = self._points()
         first = bisect_right(ring, key & _POINT)
         seen: set[int] = set()
         for position in range(first - len(ring), first):

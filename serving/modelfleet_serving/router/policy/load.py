@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from typing import Final
 
 from modelfleet_serving.router.policy.group import Group, R
@@ -45,10 +46,19 @@ def readable_bytes(body: bytes) -> int:
     return size - media * size // len(places) * (_MEDIA - 1) // _MEDIA
 
 
-def reading_kib(body: bytes, size: int = 0, held: int = 0) -> int:
-    """KiB that an engine has to read of a request; of its prompt of ``size`` bytes it holds ``held``."""
-    read = readable_bytes(body)
-    return prompt_kib(read - read * held // size if size else read)
+def unread_kib(readable: int, size: int = 0, held: int = 0) -> int:
+    """KiB that an engine has to read of a request; of its prompt of ``size`` bytes it holds ``held``.
+
+    Args:
+        readable: Of the whole body, from :func:`readable_bytes`.
+        size: Of the prompt, 0 when it isn't known.
+        held: Bytes of the prompt in the engine's cache.
+    """
+    return prompt_kib(readable - readable * held // size if size else readable)
+
+
+FULL: Final = math.inf
+"""Load of a replica that has no room for a request."""
 
 
 class LoadView:
@@ -64,25 +74,57 @@ class LoadView:
             ``None`` where nobody counts them: then the number of requests decides alone.
     """
 
-    __slots__ = ("_pending", "_total")
-
     def __init__(self, total: Callable[[int], int], pending: Callable[[int], int] | None = None) -> None:
         self._total = total
         self._pending = pending
 
-    def measure(self, group: Group[R], indices: Iterable[int]) -> dict[int, float]:
-        """Load by index of those members that have room for a request."""
-        members = group.members
-        total = self._total
-        pending = self._pending
+    def running(self, row: int) -> int:
+        """Requests in flight of a counter row."""
+        return self._total(row)
+
+    def unread(self, row: int) -> int:
+        """KiB of prompts without a first byte of a counter row."""
+        return 0 if self._pending is None else self._pending(row)
+
+    def of(self, group: Group[R], index: int) -> float:
+        """Load of a member; :data:`FULL` when it has no room for a request."""
+        row = group.rows[index]
+        running = self.running(row)
+        if running >= group.limits[index]:
+            return FULL
+        load = running + self.unread(row) / READING_KIB
         scale = group.scale
-        loads: dict[int, float] = {}
-        for index in indices:
-            member = members[index]
-            row = member.row
-            load = float(total(row))
-            if load < member.limit:
-                if pending is not None:
-                    load += pending(row) / READING_KIB
-                loads[index] = load if scale is None else (load + 1) * scale[index]
-        return loads
+        return load if scale is None else (load + 1.0) * scale[index]
+
+    def of_all(self, group: Group[R]) -> list[float]:
+        """Load of each member."""
+        return [self.of(group, index) for index in range(len(group.rows))]
+
+
+class SharedLoadView(LoadView):
+    """Loads by the counters that all workers of a router share.
+
+    Args:
+        cells: Requests in flight, ``workers`` cells a row.
+        reading: Likewise, KiB of prompts without a first byte.
+        workers: Workers that share them.
+    """
+
+    def __init__(self, cells: memoryview[int], reading: memoryview[int], workers: int) -> None:
+        self._cells = cells
+        self._reading = reading
+        self._workers = workers
+
+    def running(self, row: int) -> int:
+        """Requests in flight of a counter row."""
+        workers = self._workers
+        if workers == 1:
+            return self._cells[row]
+        return sum(self._cells[row * workers : (row + 1) * workers])
+
+    def unread(self, row: int) -> int:
+        """KiB of prompts without a first byte of a counter row."""
+        workers = self._workers
+        if workers == 1:
+            return self._reading[row]
+        return sum(self._reading[row * workers : (row + 1) * workers])

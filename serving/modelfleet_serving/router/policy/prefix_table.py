@@ -10,7 +10,6 @@ Buckets are searched as bytes: that is one call where a loop over cells would be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 _BUCKET: Final = 64
 _CELL: Final = 8
 _NEAR_END: Final = 3
-_NONE: Final[Sequence[int]] = ()
 
 DEFAULT_BYTES: Final = 8 * 1024 * 1024
 """A million entries: prompts of at least 512 MB in all."""
@@ -43,72 +41,80 @@ class PrefixTable:
         self._memory = view
         self._mask = size // _BUCKET - 1
 
-    def holders(self, value: int) -> Sequence[int]:
+    def holders(self, value: int) -> list[int]:
         """Codes of the replicas that have seen a block, the last used first."""
         offset = (value & self._mask) * _BUCKET
         bucket = self._memory[offset : offset + _BUCKET].tobytes()
         tag = (value >> 16).to_bytes(6, "little")
         place = bucket.find(tag)
-        if place < 0:
-            return _NONE
-        codes = []
+        codes: list[int] = []
         while place >= 0:
             if place % _CELL == 2 and (code := bucket[place - 2] | bucket[place - 1] << 8):
                 codes.append(code)
             place = bucket.find(tag, place + 1)
         return codes
 
-    def add(self, value: int, code: int) -> bool:
-        """A replica has seen a block; returns whether that was known."""
+    def add(self, value: int, code: int) -> int:
+        """A replica has seen a block.
+
+        Returns:
+            0 when that is new, 1 when it was known, 2 when it was also the last news of its bucket.
+        """
         offset = (value & self._mask) * _BUCKET
         memory = self._memory
         bucket = memory[offset : offset + _BUCKET].tobytes()
         entry = code.to_bytes(2, "little") + (value >> 16).to_bytes(6, "little")
         if bucket.startswith(entry):
-            return True
+            return 2
         place = bucket.find(entry)
         while place % _CELL and place >= 0:
             place = bucket.find(entry, place + 1)
         if place < 0:
             memory[offset : offset + _BUCKET] = entry + bucket[:-_CELL]
-            return False
+            return 0
         memory[offset : offset + place + _CELL] = entry + bucket[:place]
-        return True
+        return 1
+
+    def among(self, value: int, by_code: dict[int, int], without: set[int]) -> list[int]:
+        """Members that have seen a block, by ``by_code``, but for those in ``without``."""
+        codes = self.holders(value)
+        found: list[int] = []
+        for code in codes:
+            index = by_code.get(code, -1)
+            if index >= 0 and index not in without:
+                found.append(index)
+        return found
 
     def deepest(
-        self,
-        hashes: Sequence[int],
-        stop: int,
-        known: Collection[int],
-        without: Collection[int],
-    ) -> tuple[int, Sequence[int]]:
-        """The last block before ``stop`` that a known replica has seen, and those replicas; -1 for none.
+        self, hashes: list[int], stop: int, by_code: dict[int, int], without: set[int]
+    ) -> tuple[int, list[int]]:
+        """The last block before ``stop`` that a member has seen, and those members; -1 for none.
 
-        ``known`` holds the codes that count, ``without`` codes that don't. It looks at the first block, at
-        the last ones and then halves: who has seen a block has seen those before it, as far as the table
-        still knows.
+        It looks at the last block, which is known when a prompt or conversation comes again, at the first
+        one, at those before the last one and then halves: who has seen a block has seen those before it, as
+        far as the table still knows.
         """
-
-        def at(block: int) -> Sequence[int]:
-            codes = self.holders(hashes[block])
-            return codes and [code for code in codes if code in known and code not in without]
-
-        if stop <= 0:
-            return -1, _NONE
-        found = at(0)
+        last = stop - 1
+        if last < 0:
+            return -1, []
+        found = self.among(hashes[last], by_code, without)
+        if found or not last:
+            return (last if found else -1), found
+        found = self.among(hashes[0], by_code, without)
         if not found:
-            return -1, _NONE
-        low, high = 0, stop
-        for block in range(stop - 1, max(0, stop - 1 - _NEAR_END), -1):
-            codes = at(block)
-            if codes:
-                return block, codes
+            return -1, found
+        low, high = 0, last
+        near_end = max(0, last - _NEAR_END)
+        for block in range(last - 1, near_end, -1):
+            members = self.among(hashes[block], by_code, without)
+            if members:
+                return block, members
             high = block
         while high - low > 1:
             middle = (low + high) // 2
-            codes = at(middle)
-            if codes:
-                low, found = middle, codes
+            members = self.among(hashes[middle], by_code, without)
+            if members:
+                low, found = middle, members
             else:
                 high = middle
         return low, found

@@ -8,8 +8,9 @@ must be the same for all of them, as the monotonic clock of one host is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence
-from typing import Final, Protocol
+from typing import Final
+
+from xxhash import xxh3_64_intdigest
 
 from modelfleet_serving.router.errors import RequestError
 
@@ -20,67 +21,118 @@ _LONGEST: Final = 600.0
 """Most that anybody can owe, in seconds: one huge request must not lock a tenant out for hours."""
 _ROUNDING: Final = 1e-4
 """Seconds that sums of many charges may be off."""
-_LINES: Final = tuple(
-    b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
-    % (name, name, name)
-    for name in (b"requests", b"tokens", b"output-tokens")
-)
+_NAMES: Final = (b"requests", b"tokens", b"output-tokens")
+"""In OpenAI's header names; output tokens have names of their own."""
 _WORDS: Final = ("requests per minute", "input tokens per minute", "output tokens per minute")
+_TAG: Final = (1 << 63) - 1
+_PRIVATE_ROWS: Final = 1024
+_MILLISECONDS: Final = tuple(b"%dms" % number for number in range(1001))
 
 
-class Limits(Protocol):
-    """What a tenant may use; ``None`` is no limit."""
+class Limits:
+    """What a tenant may use.
 
-    @property
-    def name(self) -> str:
-        """The tenant's."""
+    Args:
+        name: The tenant's.
+        rates: Requests, input tokens and output tokens a minute; ``None`` is no limit.
+        concurrency: Requests at once.
+    """
 
-    @property
-    def rates(self) -> tuple[float | None, float | None, float | None]:
-        """Requests, input tokens and output tokens a minute."""
+    __slots__ = ("charged", "concurrency", "metered", "name", "rates", "seconds", "template")
 
-    @property
-    def concurrency(self) -> int | None:
-        """Requests at once."""
-
-
-class InFlight(Protocol):
-    """Counts of requests in flight by tenant, over all workers."""
-
-    def add(self, name: str, change: int) -> None:
-        """A request of a tenant begins (1) or ends (-1)."""
-
-    def total(self, name: str) -> int:
-        """Requests of a tenant in flight."""
-
-
-class LocalInFlight:
-    """Counts of this process alone."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-
-    def add(self, name: str, change: int) -> None:
-        """A request of a tenant begins (1) or ends (-1)."""
-        left = self._counts.get(name, 0) + change
-        if left:
-            self._counts[name] = left
-        else:
-            self._counts.pop(name, None)
-
-    def total(self, name: str) -> int:
-        """Requests of a tenant in flight."""
-        return self._counts.get(name, 0)
+    def __init__(
+        self,
+        name: str,
+        rates: tuple[float | None, float | None, float | None],
+        concurrency: int | None,
+    ) -> None:
+        self.name = name
+        self.rates = rates
+        self.concurrency = concurrency
+        self.charged = any(rate is not None for rate in rates)
+        self.metered = rates[1] is not None or rates[2] is not None
+        """Has to know the tokens that requests use."""
+        # Seconds of the allowance that one unit uses up; 0 where there is no limit.
+        self.seconds = (_cost(rates[0]), _cost(rates[1]), _cost(rates[2]))
+        self.template = b"".join(
+            b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
+            % (name, rate, name, name)
+            for name, rate in zip(_NAMES, rates, strict=True)
+            if rate is not None
+        )
 
 
-def _paid_off(cell: float, now: float) -> float:
-    """A cell's value at a moment: never in the past, nor, should it be from another clock, far ahead."""
-    return min(cell, now + _LONGEST) if cell > now else now
+def _cost(per_minute: float | None) -> float:
+    return 0.0 if per_minute is None else _MINUTE / per_minute
 
 
-def _after(paid_off: float, per_minute: float, amount: float, now: float) -> float:
-    """The cell once so much was used; a negative amount gives it back."""
-    return min(paid_off + amount / per_minute * _MINUTE, now + _LONGEST)
+class TenantRows:
+    """Rows of tenants that every worker finds alike: an open hash table in memory that workers share.
+
+    Each row has a tag of its tenant's name. Two workers that claim the same free row for different
+    tenants at the same moment are told apart at the next look: the one whose tag was lost moves on.
+
+    Args:
+        tags: One a row, zeroed at first.
+        rates: ``RATES`` a row.
+        running: ``workers`` a row: requests in flight, by worker.
+        workers: How many share the memory.
+        worker: Which of them this is.
+    """
+
+    __slots__ = ("_known", "_size", "_tags", "_worker", "_workers", "rates", "running")
+
+    def __init__(
+        self,
+        tags: memoryview[int],
+        rates: memoryview[float],
+        running: memoryview[int],
+        workers: int = 1,
+        worker: int = 0,
+    ) -> None:
+        self._tags = tags
+        self._size = len(tags)
+        self._workers = workers
+        self._worker = worker
+        self._known: dict[str, tuple[int, int]] = {}
+        self.rates = rates
+        self.running = running
+
+    @classmethod
+    def private(cls) -> TenantRows:
+        """Rows that nobody else sees."""
+        sizes = (_PRIVATE_ROWS * 8, _PRIVATE_ROWS * RATES * 8, _PRIVATE_ROWS * 4)
+        tags, rates, running = (memoryview(bytearray(size)) for size in sizes)
+        return cls(tags.cast("q"), rates.cast("d"), running.cast("i"))
+
+    def row(self, name: str) -> int:
+        """The row of a tenant."""
+        known = self._known.get(name)
+        if known is not None and self._tags[known[0]] == known[1]:
+            return known[0]
+        tags = self._tags
+        size = self._size
+        digest = xxh3_64_intdigest(name.encode())
+        tag = (digest & _TAG) or 1
+        row = digest % size
+        for _ in range(size):
+            found = tags[row]
+            if not found:
+                tags[row] = found = tag
+            if found == tag:
+                self._known[name] = (row, tag)
+                return row
+            row = (row + 1) % size
+        return digest % size
+
+    def add(self, row: int, change: int) -> None:
+        """A request of a row's tenant begins (1) or ends (-1)."""
+        self.running[row * self._workers + self._worker] += change
+
+    def total(self, row: int) -> int:
+        """Requests of a row's tenant in flight, over all workers."""
+        start = row * self._workers
+        return sum(self.running[start : start + self._workers])
 
 
 class Lease:
@@ -90,14 +142,22 @@ class Lease:
         headers: ``x-ratelimit-*`` lines of the answer.
     """
 
-    __slots__ = ("_limits", "_quotas", "_reserved", "_settled", "headers")
+    __slots__ = ("_input", "_limits", "_output", "_quotas", "_row", "_settled", "headers")
 
     def __init__(
-        self, quotas: Quotas, limits: Limits, reserved: tuple[float, float, float], headers: bytes
+        self,
+        quotas: Quotas,
+        limits: Limits,
+        row: int,
+        input_tokens: float,
+        output_tokens: float,
+        headers: bytes,
     ) -> None:
         self._quotas = quotas
         self._limits = limits
-        self._reserved = reserved
+        self._row = row
+        self._input = input_tokens
+        self._output = output_tokens
         self._settled = False
         self.headers = headers
 
@@ -110,12 +170,12 @@ class Lease:
         if self._settled:
             return
         self._settled = True
-        _, reserved_input, reserved_output = self._reserved
         self._quotas.end(
             self._limits,
+            self._row,
             now,
-            0.0 if input_tokens is None else input_tokens - reserved_input,
-            0.0 if output_tokens is None else output_tokens - reserved_output,
+            0.0 if input_tokens is None else input_tokens - self._input,
+            0.0 if output_tokens is None else output_tokens - self._output,
         )
 
 
@@ -123,32 +183,13 @@ class Quotas:
     """Use by tenant; outlives every reread of the keys.
 
     Args:
-        cells: Doubles, zeroed, ``RATES`` a row, which workers may share; ``None`` keeps them in this process:
-            then every worker grants the whole limit.
-        row_of: Row of a tenant, the same in every worker that shares ``cells``.
-        in_flight: Shared where the workers share it.
+        rows: Shared by workers that grant one limit together; ``None`` keeps them in this process.
     """
 
-    def __init__(
-        self,
-        cells: MutableSequence[float] | memoryview[float] | None = None,
-        row_of: Callable[[str], int] | None = None,
-        in_flight: InFlight | None = None,
-    ) -> None:
-        if (cells is None) != (row_of is None):
-            raise ValueError("cells and row_of belong together")
-        self._own: list[float] = []
-        self._rows: dict[str, int] = {}
-        self._cells: MutableSequence[float] | memoryview[float] = self._own if cells is None else cells
-        self._row_of = row_of or self._own_row
-        self._in_flight = in_flight or LocalInFlight()
+    __slots__ = ("_rows",)
 
-    def _own_row(self, name: str) -> int:
-        row = self._rows.get(name)
-        if row is None:
-            row = self._rows[name] = len(self._rows)
-            self._own.extend([0.0] * RATES)
-        return row
+    def __init__(self, rows: TenantRows | None = None) -> None:
+        self._rows = rows or TenantRows.private()
 
     def admit(
         self, limits: Limits, now: float, input_tokens: float = 0.0, output_tokens: float = 0.0
@@ -158,74 +199,131 @@ class Quotas:
         Raises:
             RequestError: 429 with the limit, ``Retry-After`` and ``x-ratelimit-*`` headers.
         """
-        amounts = (1.0, input_tokens, output_tokens)
-        name = limits.name
-        if limits.concurrency is not None and self._in_flight.total(name) >= limits.concurrency:
+        rows = self._rows
+        row = rows.row(limits.name)
+        most = limits.concurrency
+        if most is not None and rows.total(row) >= most:
             raise RequestError(
                 429,
-                f"{name!r} has {limits.concurrency} requests running already, its limit",
+                f"{limits.name!r} has {most} requests running already, its limit",
                 code="rate_limit_exceeded",
                 retry_after=1.0,
-                headers=b"x-ratelimit-limit-concurrency: %d\r\n" % limits.concurrency,
+                headers=b"x-ratelimit-limit-concurrency: %d\r\n" % most,
             )
         headers = b""
-        if limits.rates != (None, None, None):
-            headers = self._charge(limits, now, amounts)
-        self._in_flight.add(name, 1)
-        return Lease(self, limits, amounts, headers)
+        if limits.charged:
+            headers = self._charge(limits, row, now, input_tokens, output_tokens)
+        rows.add(row, 1)
+        return Lease(self, limits, row, input_tokens, output_tokens, headers)
 
-    def _charge(self, limits: Limits, now: float, amounts: tuple[float, float, float]) -> bytes:
-        cells = self._cells
-        base = self._row_of(limits.name) * RATES
-        paid: list[tuple[int, float, float]] = []
-        wait, worst = 0.0, 0
-        for index, per_minute in enumerate(limits.rates):
-            if per_minute is None:
-                continue
-            paid_off = _paid_off(cells[base + index], now)
-            paid.append((index, per_minute, paid_off))
-            # A minute's allowance may be used at once; more than it waits for the whole of it.
-            used = paid_off - now + min(amounts[index], per_minute) / per_minute * _MINUTE - _MINUTE
-            if used > wait + _ROUNDING:
-                wait, worst = used, index
-        if wait:
-            raise RequestError(
-                429,
-                f"{limits.name!r} has reached its limit of {limits.rates[worst]} {_WORDS[worst]}; "
-                f"try again in {wait:.1f} s",
-                code="rate_limit_exceeded",
-                retry_after=wait,
-                headers=_headers(paid, now),
-            )
-        for place, (index, per_minute, paid_off) in enumerate(paid):
-            charged = cells[base + index] = _after(paid_off, per_minute, amounts[index], now)
-            paid[place] = (index, per_minute, charged)
-        return _headers(paid, now)
+    def _charge(
+        self, limits: Limits, row: int, now: float, input_tokens: float, output_tokens: float
+    ) -> bytes:
+        """Charges a request on all three rates, or none; returns the header lines."""
+        cells = self._rows.rates
+        base = row * RATES
+        requests_cost, input_cost, output_cost = limits.seconds
+        input_cost *= input_tokens
+        output_cost *= output_tokens
+        requests, read, written = (
+            _owed(cells[base], now),
+            _owed(cells[base + 1], now),
+            _owed(cells[base + 2], now),
+        )
+        wait = max(
+            _wait(requests, requests_cost, limits.seconds[0]),
+            _wait(read, input_cost, limits.seconds[1]),
+            _wait(written, output_cost, limits.seconds[2]),
+        )
+        if wait > _ROUNDING:
+            self._refuse(limits, (requests, read, written), (requests_cost, input_cost, output_cost), wait)
+        requests = min(requests + requests_cost, _LONGEST)
+        read = min(read + input_cost, _LONGEST)
+        written = min(written + output_cost, _LONGEST)
+        cells[base] = now + requests
+        if input_cost:
+            cells[base + 1] = now + read
+        if output_cost:
+            cells[base + 2] = now + written
+        return _headers(limits, requests, read, written)
 
-    def end(self, limits: Limits, now: float, input_tokens: float, output_tokens: float) -> None:
+    def _refuse(
+        self,
+        limits: Limits,
+        owed: tuple[float, float, float],
+        costs: tuple[float, float, float],
+        wait: float,
+    ) -> None:
+        worst = max(range(RATES), key=lambda index: _wait(owed[index], costs[index], limits.seconds[index]))
+        raise RequestError(
+            429,
+            f"{limits.name!r} has reached its limit of {limits.rates[worst]} {_WORDS[worst]}; "
+            f"try again in {wait:.1f} s",
+            code="rate_limit_exceeded",
+            retry_after=wait,
+            headers=_headers(limits, *owed),
+        )
+
+    def end(self, limits: Limits, row: int, now: float, input_tokens: float, output_tokens: float) -> None:
         """A request ended; charges what it used beyond its reservation, or gives the rest back."""
-        self._in_flight.add(limits.name, -1)
-        for index, amount in ((1, input_tokens), (2, output_tokens)):
-            per_minute = limits.rates[index]
-            if amount and per_minute is not None:
-                cell = self._row_of(limits.name) * RATES + index
-                self._cells[cell] = _after(_paid_off(self._cells[cell], now), per_minute, amount, now)
+        self._rows.add(row, -1)
+        if limits.metered:
+            _, input_cost, output_cost = limits.seconds
+            self._correct(row * RATES + 1, now, input_tokens * input_cost)
+            self._correct(row * RATES + 2, now, output_tokens * output_cost)
+
+    def _correct(self, cell: int, now: float, seconds: float) -> None:
+        if seconds:
+            cells = self._rows.rates
+            cells[cell] = now + min(_owed(cells[cell], now) + seconds, _LONGEST)
 
 
-def _headers(paid: list[tuple[int, float, float]], now: float) -> bytes:
-    """What is left, in OpenAI's header names; output tokens have names of their own."""
-    lines = []
-    for index, per_minute, paid_off in paid:
-        owed = paid_off - now
-        left = per_minute * (1 - (owed - _ROUNDING) / _MINUTE)
-        lines.append(_LINES[index] % (per_minute, max(0, left), _duration(owed)))
-    return b"".join(lines)
+def _owed(cell: float, now: float) -> float:
+    """Seconds until all is paid off: never negative, nor, should a cell be from another clock, very many."""
+    owed = cell - now
+    if owed <= 0.0:
+        return 0.0
+    return min(_LONGEST, owed)
+
+
+def _wait(owed: float, cost: float, unit: float) -> float:
+    """Seconds until a charge fits in; 0 when it does or there is no limit.
+
+    A minute's allowance may be used at once; more than it waits for the whole of it.
+    """
+    if not unit:
+        return 0.0
+    return owed + (min(_MINUTE, cost)) - _MINUTE
+
+
+def _headers(limits: Limits, requests: float, read: float, written: float) -> bytes:
+    """What is left of each limit, and when all of it will be."""
+    requests_unit, input_unit, output_unit = limits.seconds
+    if requests_unit and input_unit and output_unit:
+        return limits.template % (
+            _left(requests, requests_unit),
+            _duration(requests),
+            _left(read, input_unit),
+            _duration(read),
+            _left(written, output_unit),
+            _duration(written),
+        )
+    values: list[int | bytes] = []
+    for owed, unit in ((requests, requests_unit), (read, input_unit), (written, output_unit)):
+        if unit:
+            values += (_left(owed, unit), _duration(owed))
+    return limits.template % tuple(values)
+
+
+def _left(owed: float, unit: float) -> int:
+    left = int((_MINUTE - owed + _ROUNDING) / unit)
+    return max(0, left)
 
 
 def _duration(seconds: float) -> bytes:
     """Seconds as clients of OpenAI's headers read them: ``120ms``, ``7.5s``, ``6m0s``."""
-    if seconds < 1:
-        return b"%dms" % round(seconds * 1000)
+    if seconds < 1.0:
+        return _MILLISECONDS[int(seconds * 1000.0 + 0.5)]
     if seconds < _MINUTE:
         return b"%.4gs" % seconds
     return b"%dm%ds" % divmod(round(seconds), 60)
