@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from modelfleet_operator.api import ModelDeployment, ServingPool
 from modelfleet_operator.application_writer import ApplicationWriter
+from modelfleet_operator.attend import attend
 from modelfleet_operator.background_planner import BackgroundPlanner
 from modelfleet_operator.clients.errors import ClientError, RefusedError, UnavailableError
 from modelfleet_operator.clients.ray_serve import RayServeClient
@@ -51,6 +52,7 @@ RETRY_SECONDS: Final = 2.0
 GATHER_SECONDS: Final = 0.05
 """Changes that come together make one step and one PUT."""
 _CHUNK: Final = 50
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -336,7 +338,7 @@ class PoolController:
 
     async def _look(self) -> set[str]:
         """Ask Ray what runs."""
-        seen = await self.ray.applications()
+        seen = await self._while_routing(self.ray.applications())
         first = not self.looked
         self._looked, self.looked = time.monotonic(), True
         self._pause = min(self._pause * 1.5, RESYNC_SECONDS)
@@ -409,13 +411,31 @@ class PoolController:
         return not self.deployments and not self.routes.held
 
     async def _put_applications(self, dirty: set[str]) -> None:
-        if not await self._applications.write(dirty):
+        if not await self._while_routing(self._applications.write(dirty)):
             if self._applications.blocked:
                 self._dirty |= dirty
             return
         self._pause = PROGRESS_SECONDS
         self._looked = time.monotonic()
         self._unsettled |= {key for key in dirty if key in self.deployments}
+
+    async def _while_routing(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Wait for Ray, which takes seconds over many applications; routes that change go out meanwhile."""
+        if not self.looked or self.ray_error:
+            return await work
+        later: set[str] = set()
+
+        async def route() -> None:
+            await asyncio.sleep(GATHER_SECONDS)
+            news, self._dirty = self._dirty, set()
+            later.update(news)
+            await self._follow(news)
+            later.update(news)
+
+        try:
+            return await attend(work, self._wake, route)
+        finally:
+            self._mark(later)
 
     async def _tell(self, keys: Iterable[str]) -> None:
         deployments = [d for key in keys if (d := self.deployments.get(key))]

@@ -34,6 +34,9 @@ class Ray(RayServeClient):
         super().__init__(session, "http://ray.invalid", lambda: None)
         self.running: dict[str, dict[str, Any]] = {}
         self.puts: list[dict[str, dict[str, Any]]] = []
+        self.slow: asyncio.Event | None = None
+        """A PUT takes until this is set."""
+        self.busy = asyncio.Event()
 
     async def applications(self) -> dict[str, ApplicationState]:
         await asyncio.sleep(0)
@@ -44,6 +47,9 @@ class Ray(RayServeClient):
 
     async def put(self, configs: Iterable[bytes]) -> None:
         decoded = [msgspec.json.decode(config) for config in configs]
+        if self.slow is not None:
+            self.busy.set()
+            await self.slow.wait()
         self.running = {config["name"]: config for config in decoded}
         self.puts.append(dict(self.running))
 
@@ -201,3 +207,30 @@ async def test_a_fault_met_with_one_is_told_there_and_stops_no_other(
         world.want("m1")
         await world.controller.step()
         assert {name.split(".")[1] for name in world.ray.running} == {"m0", "m1", "m2"}
+
+
+async def test_a_weight_does_not_wait_for_a_slow_put() -> None:
+    async with aiohttp.ClientSession() as session:
+        world = World(session)
+        world.controller.routes.see({})
+        world.want("m0")
+        await world.controller.step()
+        world.ray.slow = asyncio.Event()
+        world.want("m1")
+        step = asyncio.create_task(world.controller.step())
+        await world.ray.busy.wait()
+        routing = {"weights": {"a": 7}}
+        engine = {"type": "Simulator", "maxModelLen": 4096}
+        world.controller.put(deployment("m0", engine=engine, routing=routing))
+        async with asyncio.timeout(5):
+            while world.registry.routes[-1].weights != {"a": 7}:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert not step.done()
+        # What else changed meanwhile is put at the next step.
+        world.want("m2")
+        await asyncio.sleep(0.1)
+        world.ray.slow.set()
+        await step
+        assert not any(".m2." in name for name in world.ray.running)
+        await world.controller.step()
+        assert any(".m2." in name for name in world.ray.running)
