@@ -309,9 +309,9 @@ def main() -> int:
         asyncio.run(Bench(options, report, Path(directory), plane).run())
     report.notes += [
         "What bounds it: the CPU that all share, see above. A cold sync is two writes to the API server for",
-        "each ModelDeployment (finalizer, status) and an Event; a change of an engine waits for the PUT under",
-        "way, as each PUT and the GET before it say all applications; a changed weight does not. Ray is a",
-        "stand-in: a real one's own work comes on top.",
+        "each ModelDeployment (finalizer, status) and an Event. A change of an engine waits for the PUT that",
+        "is under way, as each PUT and the GET before it say all applications; a changed weight does not.",
+        "Ray is a stand-in: a real one's own work comes on top.",
     ]
     report.print()
     print(report.write())
