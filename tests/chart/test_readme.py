@@ -206,8 +206,13 @@ def test_the_cluster_section_can_be_followed_word_for_word(cluster: ControlPlane
     assert "Traceback" not in containers.operator.text()
     # Nothing of ours is left, but the namespace that the reader made.
     kinds = "deployments,services,configmaps,secrets,pods,roles,rolebindings,leases,networkpolicies"
-    left = cluster.kubectl("get", kinds, "-n", SYSTEM, "-o", "name").split()
-    assert [o for o in left if "kube-root-ca" not in o and not o.startswith("lease")] == []
+
+    def left() -> list[str]:
+        names = cluster.kubectl("get", kinds, "-n", SYSTEM, "-o", "name").split()
+        return [o for o in names if "kube-root-ca" not in o and not o.startswith("lease")]
+
+    # The garbage collector goes after the Ray cluster's owner.
+    wait_until(lambda: not left(), timeout=30, what=f"nothing left of {left()}")
     admission = "validatingadmissionpolicies,validatingadmissionpolicybindings"
     wide = cluster.kubectl("get", f"crds,clusterroles,clusterrolebindings,{admission}", "-o", "name")
     assert "modelfleet" not in wide
