@@ -78,7 +78,9 @@ class PrefixAffinity:
         load: How busy replicas are.
         rng: Samples from groups of more than 16 replicas.
         table: Shared by all models of the process, or by all processes of a host.
-        absolute: Requests by which a holder of the whole prompt may exceed the least loaded replica.
+        absolute: Requests by which a holder of the whole prompt may exceed the least loaded replica. In
+            simulation 48 has the hits of no bound at all where prefixes are shared; at 64 conversations begin to
+            push each other out.
         relative: The same as a share of the least load, for high loads.
         home: Requests by which the home of a new prompt may exceed the least loaded replica.
     """
@@ -89,7 +91,7 @@ class PrefixAffinity:
         rng: random.Random,
         table: PrefixTable | None = None,
         *,
-        absolute: float = 32.0,
+        absolute: float = 48.0,
         relative: float = 0.5,
         home: float = 2.0,
     ) -> None:

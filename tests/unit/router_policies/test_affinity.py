@@ -210,11 +210,11 @@ def test_a_conversation_stays_until_its_replica_is_too_busy_and_the_next_one_hol
     data = random.Random(1).randbytes(20_000)
     first = selector.pick(pool, prompt=prompt_of(data))
     assert first is not None
-    fleet.loads[first.row] = 25
+    fleet.loads[first.row] = 40
     longer = prompt_of(data + b"more" * 100)
     assert selector.pick(pool, prompt=longer) is first
     assert longer.held > 18_000
-    fleet.loads[first.row] = 34
+    fleet.loads[first.row] = 50
     second = selector.pick(pool, prompt=prompt_of(data))
     assert second is not None
     assert second is not first
