@@ -2,12 +2,12 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
-BENCHES := router operator registry simulator
+BENCHES := router datapath operator registry simulator
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster record-demo test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
 .PHONY: test-chart test-engine generate-install
-.PHONY: bench bench-venv bench-router bench-operator soak-router
+.PHONY: bench bench-venv bench-router bench-datapath bench-operator soak-router
 
 help: ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -61,6 +61,10 @@ bench: $(addprefix bench-,$(BENCHES)) ## All benchmarks; figures in build/bench/
 bench-router: bench-venv ## The router against vllm-router, sglang-router, HAProxy, LiteLLM (ARGS="--quick --rows ...").
 	-$(PY) -m modelfleet_serving.router_native
 	$(PY) -m tests.benchmarks.router $(ARGS)
+
+bench-datapath: bench-venv ## What the router's own code costs for a request, without sockets.
+	-$(PY) -m modelfleet_serving.router_native
+	$(PY) -m tests.benchmarks.datapath $(ARGS)
 
 bench-operator: venv ## The operator with 1,000 ModelDeployments on a real API server (ARGS="--deployments 100").
 	$(PY) -m tests.benchmarks.operator $(ARGS)

@@ -79,8 +79,8 @@ class PrefixAffinity:
         rng: Samples from groups of more than 16 replicas.
         table: Shared by all models of the process, or by all processes of a host.
         absolute: Requests by which a holder of the whole prompt may exceed the least loaded replica. In
-            simulation 48 has the hits of no bound at all where prefixes are shared; at 64 conversations begin to
-            push each other out.
+            simulation 48 has the hits of no bound at all where prefixes are shared; at 64 conversations begin
+            to push each other out.
         relative: The same as a share of the least load, for high loads.
         home: Requests by which the home of a new prompt may exceed the least loaded replica.
     """
