@@ -31,7 +31,7 @@ _NEVER: Final = math.inf
 _TIMEOUT: Final = HEADER_TIMEOUT.encode()
 _PRIORITY: Final = HEADER_PRIORITY.encode()
 _KEEP_ALIVE: Final = HEADER_KEEP_ALIVE.encode()
-_JOIN_LIMIT: Final = 16 * 1024
+_JOIN_LIMIT: Final = 64 * 1024
 """Bytes of a body that are cheaper copied behind the head than sent as a piece of their own."""
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503, 504})
 
