@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 from tests.benchmarks.common import OUTPUT, Report
-from tests.benchmarks.router import verdict
+from tests.benchmarks.router import peers, verdict
 from tests.benchmarks.router.bench import Bench
 from tests.benchmarks.router.contestants import CONTESTANTS
 from tests.benchmarks.router.rows import caching, clients, requests, streaming
@@ -73,6 +73,7 @@ def main(
     verdict.panels(report)
     report.put("rounds", bench.rounds)
     report.put("quick", quick)
+    report.put("ours.python", str(peers.our_python()))
     for name, why in bench.missing.items():
         report.put(f"missing.{name}", why)
         report.notes.append(f"{name} did not run: {why.splitlines()[-1] if why else ''}")

@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ def _ours(affinity: str, *, workers: int = 1) -> Callable[[Setup], list[str]]:
         routes = write_routes(setup.directory / "routes.json", setup.engines, affinity=affinity)
         tenants = write_tenants(setup.directory / "tenants.yaml")
         return [
-            sys.executable, "-m", "modelfleet_serving.router",
+            str(peers.our_python()), "-m", "modelfleet_serving.router",
             "--listen", f"127.0.0.1:{setup.port}", "--routes", str(routes), "--workers", str(workers),
             "--tenants", str(tenants), "--access-log", str(setup.directory / "access.log"),
         ]  # fmt: skip
@@ -199,7 +198,7 @@ class Running:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.port, side_port = free_ports(2)
         command = contestant.command(Setup(self.port, side_port, engines, self.directory))
-        env = {**os.environ, **dict(contestant.env)}
+        env = {**os.environ, **peers.our_environment(), **dict(contestant.env)}
         self.process = Process(contestant.name, command, cpu=cpu, log=self.directory / "log", env=env)
         try:
             self.process.wait_port(self.port, contestant.start_timeout)

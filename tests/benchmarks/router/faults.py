@@ -6,13 +6,13 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from tests.benchmarks.router import peers
 from tests.benchmarks.router.contestants import MODEL, write_tenants
 from tests.benchmarks.router.ledger import Fault
 from tests.benchmarks.router.native import Engines
@@ -112,7 +112,7 @@ class Router:
         self._directory = directory
         self._starts = 0
         self._command = [
-            sys.executable, "-m", "modelfleet_serving.router",
+            str(peers.our_python()), "-m", "modelfleet_serving.router",
             "--listen", f"127.0.0.1:{self.port}", "--routes", str(routes), "--workers", str(workers),
             "--tenants", str(write_tenants(directory / "tenants.yaml")),
             "--access-log", str(directory / "access.log"),
@@ -125,7 +125,8 @@ class Router:
         self._starts += 1
         ready = self._directory / f"port-{self._starts}"
         command = [*self._command, "--port-file", str(ready)]
-        process = Process("router", command, log=self._directory / f"router-{self._starts}.log")
+        env = {**os.environ, **peers.our_environment()}
+        process = Process("router", command, log=self._directory / f"router-{self._starts}.log", env=env)
         deadline = time.monotonic() + 60
         while not ready.exists():
             if not process.alive() or time.monotonic() > deadline:

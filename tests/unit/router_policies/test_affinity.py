@@ -21,8 +21,8 @@ from modelfleet_serving.router.affinity import (
     PrefixTable,
     fingerprint,
     readable_bytes,
-    unread_kib,
     seed_of,
+    unread_kib,
 )
 from modelfleet_serving.router.choice import Group, Pool, Selector
 
