@@ -27,6 +27,7 @@ PACKAGE: Final = Path(__file__).parent / "router"
 # msgspec is C.
 MODULES: Final = (
     "accesslog",
+    "admission",
     "affinity",
     "builtin",
     "choice",

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_PRIORITY, HEADER_TIMEOUT
 from modelfleet_serving.router import builtin, failover
+from modelfleet_serving.router.admission import admit, read_options
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
 from modelfleet_serving.router.api import Kind, Operation, find_operation
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
 from modelfleet_serving.router.reply import Reply
 from modelfleet_serving.router.request import MAX_REQUEST_ID
-from modelfleet_serving.router.routing import find_target, prepare_usage
+from modelfleet_serving.router.routing import find_target
 from modelfleet_serving.router.stored import find_stored
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
-from modelfleet_serving.router.waiting import read_priority
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.body import Peek
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
 
 _NEVER: Final = math.inf
-_TIMEOUT: Final = HEADER_TIMEOUT.encode()
-_PRIORITY: Final = HEADER_PRIORITY.encode()
-_KEEP_ALIVE: Final = HEADER_KEEP_ALIVE.encode()
 _JOIN_LIMIT: Final = 64 * 1024
 """Bytes of a body that are cheaper copied behind the head than sent as a piece of their own."""
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503, 504})
@@ -49,13 +45,13 @@ class Exchange:
         tried: engines that failed it.
         deadline: when the current wait is over, in loop time.
         expires: when the client's own deadline is over.
+        next_comment: when a client that asked for signs of life gets one.
         tunnel: bytes pass both ways unread (WebSocket).
         salt: keeps tenants' prompts apart; the tenant's name.
         readable: bytes of its body, images and audio at their weight for an engine.
     """
 
     __slots__ = (
-        "_next_comment",
         "attempts",
         "body",
         "client",
@@ -68,6 +64,7 @@ class Exchange:
         "holder",
         "keep_alive_seconds",
         "lease",
+        "next_comment",
         "operation",
         "order",
         "peek",
@@ -111,7 +108,7 @@ class Exchange:
         self.order: tuple[VariantRef, ...] = ()
         self.tried: list[EndpointRef] = []
         self.attempts = self.reading = self.readable = 0
-        self.deadline = self.expires = self._next_comment = _NEVER
+        self.deadline = self.expires = self.next_comment = _NEVER
         self.keep_alive_seconds = 0.0
         self.salt = ""
         self.tenant: Tenant | None = request.tenant
@@ -153,9 +150,9 @@ class Exchange:
             self.routed = True
             self.readable = readable_bytes(request.body)
             if request.steered:
-                self._read_options()
+                read_options(self)
             if self.tenant is not None:
-                self._admit(self.tenant)
+                admit(self, self.tenant)
             self.body = request.body
             worker.active.add(self)
             if operation.kind is Kind.STORED and self.holder is not None:
@@ -164,26 +161,6 @@ class Exchange:
                 worker.dispatcher.dispatch(self)
         except RequestError as error:
             self.fail(error)
-
-    def _read_options(self) -> None:
-        special = self.request.special
-        if _TIMEOUT in special:
-            self.expires = self.started + _seconds(self.request, HEADER_TIMEOUT)
-        if _PRIORITY in special:
-            read_priority(self)  # refused whether it has to wait or not
-        if _KEEP_ALIVE in special and self.peek is not None and self.peek.streams:
-            self.keep_alive_seconds = _seconds(self.request, HEADER_KEEP_ALIVE)
-            self._next_comment = self.started + self.keep_alive_seconds
-            if not self.request.http10:
-                self.worker.dispatcher.waiting.kept_alive.add(self)
-
-    def _admit(self, tenant: Tenant) -> None:
-        self.salt = tenant.name
-        tenant.check(self.target.name, self.target.pin)
-        output = self.peek.output_limit if self.peek is not None else 0
-        self.lease = self.worker.tenancy.admit(tenant, self.readable, output)
-        if tenant.metered:
-            prepare_usage(self)
 
     def run_on(self, endpoint: EndpointRef) -> None:
         """Sends the request to an engine that the dispatcher has chosen and counted it on."""
@@ -365,9 +342,9 @@ class Exchange:
         if self.finished or (reply is not None and not reply.takes_comments):
             return False
         if reply is not None:
-            self._next_comment = max(self._next_comment, reply.chunk_time + self.keep_alive_seconds)
-        if now >= self._next_comment and not self.client.full:
-            self._next_comment = now + self.keep_alive_seconds
+            self.next_comment = max(self.next_comment, reply.chunk_time + self.keep_alive_seconds)
+        if now >= self.next_comment and not self.client.full:
+            self.next_comment = now + self.keep_alive_seconds
             if reply is None:
                 reply = self.reply = Reply(self)
                 reply.open()
@@ -466,14 +443,3 @@ class Exchange:
             # Exchange, reply and relay know each other: parted, they and the body go at once, not when the
             # collector comes by, and the next request gets their memory while it is in the processor's cache.
             self.reply = reply.relay = None
-
-
-def _seconds(request: Request, name: str) -> float:
-    text = request.text(name) or ""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds <= 86_400:
-        raise RequestError(400, f"{name}: {text[:40]!r} is no number of seconds", code="invalid_header")
-    return seconds
