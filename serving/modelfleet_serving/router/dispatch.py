@@ -113,16 +113,19 @@ class Dispatcher:
             exchange.prompt = fingerprint(raw, target.seed(exchange.salt), before)
         return exchange.prompt
 
-    def alternative(self, exchange: Exchange) -> EndpointRef | None:
-        """Another engine for a request that has got no byte yet, if there is one that may be tried."""
+    def alternative(self, exchange: Exchange, *, unsent: bool = False) -> EndpointRef | None:
+        """Another engine for a request that has got no byte yet, if there is one that may be tried.
+
+        ``unsent``: no engine has seen it, so that another attempt adds no load and needs no budget.
+        """
         if exchange.attempts >= self._max_attempts:
             return None
         if exchange.endpoint is not None:
             exchange.tried.append(exchange.endpoint)
         other = self.pick(exchange)
-        if other is None or not exchange.target.model.budget.take(self._loop.time()):
-            return None
-        return other
+        if other is None or unsent or exchange.target.model.budget.take(self._loop.time()):
+            return other
+        return None
 
     # --- Counts ---
 

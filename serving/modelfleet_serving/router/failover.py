@@ -67,7 +67,7 @@ def attempt_failed(exchange: Exchange, reason: str, failure: Failure, status: in
     if exchange.began:
         go_on(exchange, reason)
         return
-    other = dispatcher.alternative(exchange)
+    other = dispatcher.alternative(exchange, unsent=failure is Failure.CONNECT)
     if other is not None:
         _move(exchange, other)
     else:

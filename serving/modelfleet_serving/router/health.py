@@ -24,7 +24,7 @@ opens it again. An endpoint that has been well for as long as its last ejection 
 
 **Never all.** At most a share of a variant's endpoints is ejected, and never the last one: when everything
 fails the fault is more likely elsewhere, and trying is better than refusing. Endpoints on probation count
-as ejected.
+as ejected. Where no connection can be made the share does not matter, only that one is left.
 
 What counts as a failure: a connection that can't be made or breaks before the answer, an answer of 500, 502,
 503 or 504, no first byte in time. A 4xx, 429 included, is the client's or the load's doing.
@@ -231,7 +231,9 @@ class OutlierDetector:
                 and circuit.failures >= settings.failure_share * circuit.attempts
             )
         )
-        if not sick or len(self._out) >= self._allowed():
+        # Where nothing listens there is nothing to doubt: only the last endpoint is still tried.
+        allowed = self._most() if failure is Failure.CONNECT else self._allowed()
+        if not sick or len(self._out) >= allowed:
             return False
         self._open(circuit, failure, now)
         return True
@@ -243,9 +245,10 @@ class OutlierDetector:
         changed = []
         ejected = sorted(
             (circuit for circuit in self._out.values() if circuit.state is State.OPEN),
-            key=lambda circuit: circuit.until,
+            key=lambda circuit: (circuit.reason is Failure.CONNECT, circuit.until),
         )
-        excess = len(ejected) - self._allowed()
+        doubtful = sum(circuit.reason is not Failure.CONNECT for circuit in ejected)
+        excess = max(doubtful - self._allowed(), len(ejected) - self._most())
         for number, circuit in enumerate(ejected):
             if circuit.until <= now or number < excess:
                 circuit.state = State.HALF_OPEN
@@ -254,7 +257,10 @@ class OutlierDetector:
         return changed
 
     def _allowed(self) -> int:
-        return min(max(1, int(self._settings.max_ejected_share * self.ready)), max(0, self.ready - 1))
+        return min(max(1, int(self._settings.max_ejected_share * self.ready)), self._most())
+
+    def _most(self) -> int:
+        return max(0, self.ready - 1)
 
     def _open(self, circuit: Circuit, failure: Failure, now: float) -> None:
         circuit.ejections += 1

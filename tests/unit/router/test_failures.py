@@ -44,6 +44,25 @@ async def test_a_failed_attempt_is_answered_by_another_replica(router: Harness, 
     raise AssertionError("the bad engine was never tried")
 
 
+async def test_an_engine_that_is_gone_costs_no_answer_while_others_are_ejected(router: Harness) -> None:
+    """Two of four fail, as many as may be ejected for that; the third vanishes, and the budget is spent."""
+    sick = [await router.engine(f"sick{n}", answer_status(500)) for n in range(2)]
+    gone, good = await router.engine("gone"), await router.engine("good")
+    await router.table(model(affinity="None", a=[*sick, gone, good]))
+    variant = router.worker.table.models["m"].variants["a"]
+    for _ in range(200):
+        await router.ask()
+        if len(variant.pool.groups[0].members) == 2:
+            break
+    await gone.stop()
+    budget = router.worker.table.models["m"].budget
+    for _ in range(30):
+        while budget.take(router.worker.loop.time()):
+            pass
+        answer = await router.ask()
+        assert (answer.status, answer.json().get("engine")) == (200, "good")
+
+
 async def test_fallback_variant_serves_and_says_from_where(router: Harness) -> None:
     bad, good = await router.engine("bad", die), await router.engine("good")
     await router.table(model(weights={"a": 100, "b": 0}, fallback=["b", "a"], a=[bad], b=[good]))
