@@ -129,6 +129,18 @@ def test_answers_of_requests_sent_before_the_ejection_change_nothing() -> None:
     assert (circuit.state, circuit.until) == (State.OPEN, until)
 
 
+@pytest.mark.parametrize("ready", [0, 1, 2, 4, 10])
+def test_where_nothing_listens_only_one_is_left(ready: int) -> None:
+    health = OutlierDetector(Outliers(), random.Random(1))
+    health.ready = ready
+    circuits = [health.circuit(str(number)) for number in range(ready)]
+    for circuit in circuits:
+        for _ in range(3):
+            health.failed(circuit, Failure.CONNECT, 1.0)
+    assert sum(circuit.state is State.OPEN for circuit in circuits) == max(0, ready - 1)
+    assert not health.sweep(1.0)
+
+
 @pytest.mark.parametrize(("ready", "allowed"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (10, 5)])
 def test_never_all_are_ejected(ready: int, allowed: int) -> None:
     health = detector(ready)
@@ -196,10 +208,10 @@ class HealthMachine(RuleBasedStateMachine):
 
     @invariant()
     def some_are_left(self) -> None:
-        opened = [circuit for circuit in self.circuits if circuit.state is State.OPEN]
-        doubtful = [circuit for circuit in opened if circuit.reason is not Failure.CONNECT]
-        assert len(doubtful) <= max(len(self.circuits) // 2, min(1, len(self.circuits) - 1))
-        assert len(opened) < max(len(self.circuits), 1)
+        # The share that may be ejected for other failures has tests of its own: a probation that fails may
+        # exceed it until the next sweep, when connections had failed before.
+        opened = sum(circuit.state is State.OPEN for circuit in self.circuits)
+        assert opened <= max(0, len(self.circuits) - 1)
         assert self.health.out == sum(circuit.state is not State.CLOSED for circuit in self.circuits)
 
     @invariant()
