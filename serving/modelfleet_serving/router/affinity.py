@@ -22,9 +22,9 @@ a conversation stays where it is, a popular system prompt gets a second holder w
 keeps the first, and a prompt that nobody holds goes to the least loaded replica, as without affinity.
 
 **Several workers** of one host share the table through shared memory, and decide as one. **Several hosts**
-share nothing; they agree because each prompt has a home: the replica that a consistent hash of the first
-block that is new names. A home may be loaded by ``home * (1 - f)`` above the least. For one host 2 is
-right, which only breaks ties alike; several hosts want 16, at some cost for traffic that shares nothing.
+share nothing; with ``home`` they agree because each prompt has one: the replica that a consistent hash of the
+first block that is new names. It may be loaded by ``home * (1 - f)`` above the least. One host needs none;
+several want 16, at some cost for traffic that shares nothing.
 
 **Cost** with eight replicas, hashing and recording included: 2 KB about 10 µs, 32 KB 20 µs, 220 KB 50 µs.
 """
@@ -93,7 +93,7 @@ class PrefixAffinity:
         *,
         absolute: float = 48.0,
         relative: float = 0.5,
-        home: float = 2.0,
+        home: float = 0.0,
     ) -> None:
         self._load = load
         self._random = rng.random
@@ -163,7 +163,7 @@ class PrefixAffinity:
         stop, members = table.deepest(hashes, len(hashes), by_code, seen)
         best, best_gain, best_block = -1, -1.0, -1
         home, bonus = -1, 0.0
-        if stop + 1 < len(hashes):
+        if self._home > 0.0 and stop + 1 < len(hashes):
             # A prompt with a new part belongs somewhere.
             home = group.first(hashes[stop + 1])
             share = prompt.end(stop) / prompt.size if stop >= 0 else 0.0
@@ -187,7 +187,18 @@ class PrefixAffinity:
             seen.update(members)
             stop, members = table.deepest(hashes, stop + 1, by_code, seen)
         if best < 0:
-            best = next(index for index in group.walk(hashes[0]) if loads[index] == low)
+            best = _in_turn(group, loads, low)
         if best_block >= 0:
             prompt.held = prompt.end(best_block)
         return best
+
+
+def _in_turn(group: Group[R], loads: list[float], low: float) -> int:
+    """Of the least loaded members the one that has waited longest: engines tell less than they know."""
+    index = group.turn
+    for _ in loads:
+        index = index + 1 if index + 1 < len(loads) else 0
+        if loads[index] == low:
+            break
+    group.turn = index
+    return index
