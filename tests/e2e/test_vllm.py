@@ -128,6 +128,7 @@ def test_a_variant_removed_during_a_stream_ends_it_whole(real: Platform) -> None
         max_tokens=400,
         temperature=0,
         stream=True,
+        stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
     )
     iterator = iter(stream)
@@ -135,8 +136,10 @@ def test_a_variant_removed_during_a_stream_ends_it_whole(real: Platform) -> None
     real.edit(r"  - name: int8\n.*?(?=  routing)", "")
     real.edit(r"weights: \{[^}]*\}\n    fallback: \[[^]]*\]", "weights: {bf16: 1}")
     chunks = [first, *iterator]
-    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) >= 395
-    assert chunks[-1].choices[0].finish_reason == "length"
+    # Not one chunk a token: on a busy machine the engine sends several tokens at once.
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 400
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     real.wait_ready("bf16", seconds=120)
     until("its engine ends", lambda: real.engines("w8a8") == [], 120)
     assert ask(real, "smollm2").headers["x-modelfleet-variant"] == "bf16"
