@@ -139,11 +139,9 @@ class RequestReader:
 
     def _learn(self, data: bytes) -> None:
         """Keeps the head of the request that ``data`` began with."""
-        request = self.request
-        if request is None and len(self.pending) == 1:
-            entry = self.pending[0]
-            request = entry if isinstance(entry, Request) else None
-        if request is None or not worth_knowing(request) or not self._curiosity.piqued():
+        # Nothing waited before: the first that waits now is what the data began with, whatever follows it.
+        request = self.pending[0] if self.pending else self.request
+        if not isinstance(request, Request) or not worth_knowing(request) or not self._curiosity.piqued():
             return
         end = data.find(b"\r\n\r\n")
         pattern = pattern_of(data[: end + 4]) if end >= 0 else None

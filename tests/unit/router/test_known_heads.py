@@ -111,6 +111,21 @@ async def test_pipelined_requests_behind_a_known_head() -> None:
         assert (await client.answer()).json()["got"] == "x" * 8
 
 
+async def test_a_head_is_never_taken_for_that_of_the_request_behind_it() -> None:
+    async with harness() as router:
+        await _setup(router, _echo)
+        client = await router.client()
+        other = _request(9, **{"x-client": "b"})
+        client.send(_request(5, **{"x-client": "a"}) + other[:-20])
+        assert (await client.answer()).status == 200
+        client.send(other[-20:])
+        assert (await client.answer()).status == 200
+        for name in ("a", "b", "a"):
+            client.send(_request(7, **{"x-client": name}))
+            assert (await client.answer()).json()["got"] == "x" * 7
+        assert [request.headers["x-client"] for request in router.engines[0].requests] == list("ababa")
+
+
 async def test_a_key_that_is_taken_away_ends_with_its_next_request(tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
 
