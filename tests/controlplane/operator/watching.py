@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from modelfleet_serving.contract import ModelRoute, TableUpdate
 _T = TypeVar("_T")
 
 
-class Stream(Generic[_T]):
+class Stream(ABC, Generic[_T]):
     """Pieces that arrive on a thread, each with its monotonic time."""
 
     def __init__(self) -> None:
@@ -32,13 +33,13 @@ class Stream(Generic[_T]):
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._read, name=type(self).__name__, daemon=True)
 
+    @abstractmethod
     def _read(self) -> None:
         """Call :meth:`take` with each piece until closed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """End it."""
-        raise NotImplementedError
 
     def take(self, piece: _T) -> None:
         with self._news:
