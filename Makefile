@@ -2,12 +2,12 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
-BENCHES := router datapath operator registry simulator
+BENCHES := router datapath operator planner registry simulator
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster record-demo test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
 .PHONY: test-chart test-engine generate-install
-.PHONY: bench bench-venv bench-router bench-datapath bench-operator soak-router
+.PHONY: bench bench-venv bench-router bench-datapath bench-operator bench-planner soak-router
 
 help: ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ bench-datapath: bench-venv ## What the router's own code costs for a request, wi
 
 bench-operator: venv ## The operator with 1,000 ModelDeployments on a real API server (ARGS="--deployments 100").
 	$(PY) -m tests.benchmarks.operator $(ARGS)
+
+bench-planner: venv ## 1,000 variants planned over 50 kinds of accelerators.
+	$(PY) -m tests.benchmarks.planner $(ARGS)
 
 DURATION ?= 600
 soak-router: bench-venv ## The router under load and faults: every request accounted for (DURATION=600 seconds).

@@ -62,8 +62,8 @@ class DemoError(Exception):
 
 def exit_code(demo: Callable[[], bool]) -> int:
     """Run a demo, which tells whether everything was answered; its exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _as_interrupt)
+    # SIGINT too: a shell starts what runs in its background with SIGINT ignored.
+    _on_signals(_interrupt)
     try:
         return 0 if demo() else 1
     except KeyboardInterrupt:
@@ -77,13 +77,18 @@ def exit_code(demo: Callable[[], bool]) -> int:
         return 1
 
 
-def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
-    signal.raise_signal(signal.SIGINT)
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def no_more_interrupts() -> None:
     """From here on everything ends by itself; a further Ctrl-C is told so."""
-    signal.signal(signal.SIGINT, lambda *_: print(" ending, a moment more", file=sys.stderr, flush=True))
+    _on_signals(lambda *_: print(" ending, a moment more", file=sys.stderr, flush=True))
 
 
 def once() -> bool:

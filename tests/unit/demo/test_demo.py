@@ -27,7 +27,7 @@ sys.exit(demo_steps.exit_code(demo.demo))
 """
 
 
-def start(how: str, tmp_path: Path, *, once: bool = True) -> subprocess.Popen[str]:
+def start(how: str, tmp_path: Path, *, once: bool = True, background: bool = False) -> subprocess.Popen[str]:
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("DEMO_", "MODELFLEET_"))},
         "FAKE_UP": how,
@@ -41,7 +41,12 @@ def start(how: str, tmp_path: Path, *, once: bool = True) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_as_a_shell_starts_jobs if background else None,  # noqa: PLW1509
     )
+
+
+def _as_a_shell_starts_jobs() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +79,12 @@ def lines_until(process: subprocess.Popen[str], wanted: str) -> None:
     raise AssertionError(f"no {wanted!r} in {seen}")
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_before_the_answers_is_no_success(how: signal.Signals, tmp_path: Path) -> None:
-    with start("slow", tmp_path) as process:
+def test_an_interrupt_before_the_answers_is_no_success(
+    how: signal.Signals, background: bool, tmp_path: Path
+) -> None:
+    with start("slow", tmp_path, background=background) as process:
         lines_until(process, "modelfleet up -f")
         wait_until((tmp_path / "state.json").exists, timeout=20, what="`modelfleet up` at work")
         process.send_signal(how)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.benchmarks.planner import pool_of, requests_of
 from tests.unit.planner.measured import all_configs
 
 from modelfleet_operator.catalog.accelerators import accelerator, accelerators
 from modelfleet_operator.planner import (
     AcceleratorGroup,
+    AcceleratorPreference,
     NodeCapacity,
     PoolView,
     VariantRequest,
+    placement,
     plan_all,
     plan_variant,
 )
 from modelfleet_operator.planner.facts import ModelFacts
 from modelfleet_operator.planner.parallel import tensor_parallel_problem
 from modelfleet_operator.planner.quantization import checkpoint_names
+from modelfleet_operator.planner.sizing import size_variant
 from modelfleet_serving.contract import EngineSettings
 
 FACTS = [c.facts for c in all_configs()]
@@ -128,19 +133,24 @@ def test_the_same_question_gets_the_same_answer(asked: list[VariantRequest], poo
     assert plan_all(question, pool) == plan_all(question, pool)
 
 
-def test_a_thousand_variants_over_fifty_groups_take_less_than_two_seconds() -> None:
-    # Types stand once in a pool: groups beyond the catalogue's kinds are unknown, and looked at, too.
-    names = [*GPUS, *(f"other-{n}" for n in range(50 - len(GPUS)))]
-    pool = PoolView(tuple(AcceleratorGroup(n, (NodeCapacity((1.0,) * 8, count=20),)) for n in names))
-    asked = {
-        str(n): VariantRequest(
-            replace(FACTS[n % len(FACTS)], source=str(n)), declared(FACTS[n % len(FACTS)]),
-            EngineSettings(type="vLLM", max_model_len=2048 if n % 2 else None),
-        )
-        for n in range(1000)
-    }  # fmt: skip
-    assert len(pool.groups) == 50
-    begin = time.process_time()
-    results = plan_all(asked, pool)
-    assert time.process_time() - begin < 2
+def test_a_variant_is_sized_at_most_once_for_each_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What planning costs: sizing. How long that takes is `make bench-planner`'s to tell.
+    asked = requests_of(200)
+    sized: Counter[tuple[str, str]] = Counter()
+
+    def counted(
+        request: VariantRequest, preference: AcceleratorPreference, group: AcceleratorGroup
+    ) -> object:
+        assert isinstance(request.model, ModelFacts)
+        sized[request.model.source, group.accelerator] += 1
+        return size_variant(request, preference, group)
+
+    monkeypatch.setattr(placement, "size_variant", counted)
+    results = plan_all(asked, pool_of(50))
     assert all(r.fits or r.rejections for r in results.values())
+    assert max(sized.values()) == 1
+    again = plan_all(
+        {**asked, **{f"twin of {name}": request for name, request in asked.items()}}, pool_of(50)
+    )
+    assert len(again) == 400
+    assert max(sized.values()) == 2  # once in each round of planning: twins share it
