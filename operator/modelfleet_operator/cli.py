@@ -65,8 +65,11 @@ def up(
     from modelfleet_operator.clients.processes import ProcessFailedError
     from modelfleet_operator.local import LocalPlatform, UpError
     from modelfleet_operator.local_state import AlreadyRunningError, LocalState
+    from modelfleet_operator.local_store import STDIN
     from modelfleet_operator.logs import set_up_logging
 
+    if STDIN in files:
+        _fail("-f -: `modelfleet up` follows its files, and standard input ends: give a file", EXIT_INVALID)
     set_up_logging("INFO" if verbose else "WARNING")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     platform = LocalPlatform(files, listen, LocalState(state_dir), console.print)
@@ -78,7 +81,9 @@ def up(
 
 @app.command()
 def plan(
-    files: Annotated[list[Path] | None, typer.Option("-f", "--filename", help="File or folder.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Option("-f", "--filename", help="File or folder; - reads standard input.")
+    ] = None,
     pool: Annotated[list[Path] | None, typer.Option("--pool", help="File with the ServingPool.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Compare all accelerators for a source.")
@@ -86,13 +91,19 @@ def plan(
     output: Annotated[str, typer.Option("-o", "--output", help="table, json or yaml.")] = "table",
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
 ) -> None:
-    """Say which variant fits which accelerator, and why not. Creates nothing; exits 1 if one doesn't."""
+    """Say which variant fits which accelerator, and why not. Creates nothing.
+
+    Exits 0 when everything fits, 1 when something doesn't, 2 when the input is wrong.
+    """
+    from modelfleet_operator.local_store import STDIN
     from modelfleet_operator.plan_command import PlanOptions, run_plan
 
     if bool(files) == bool(model):
         _fail("give either -f FILE or --model SOURCE", EXIT_INVALID)
     if output not in ("table", "json", "yaml"):
         _fail(f"-o {output}: use table, json or yaml", EXIT_INVALID)
+    if [*(files or ()), *(pool or ())].count(STDIN) > 1:
+        _fail("standard input can be read only once: give - once", EXIT_INVALID)
     raise typer.Exit(asyncio.run(run_plan(PlanOptions(files or [], pool or [], model, output, explain))))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from watchfiles import awatch
 
@@ -17,7 +19,10 @@ from modelfleet_operator.api import (
     parse_resources,
 )
 
-_SUFFIXES = (".yaml", ".yml", ".json")
+STDIN: Final = Path("-")
+"""Stands for standard input, which can be read once and not followed."""
+_STDIN_NAME: Final = "stdin"
+_SUFFIXES: Final = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Resources:
 
 
 def load(paths: Sequence[Path]) -> Resources:
-    """Resources of files, and of all YAML and JSON files in directories.
+    """Resources of files, of all YAML and JSON files in directories, and of standard input for ``-``.
 
     Raises:
         InvalidResourcesError: with every problem of every file.
@@ -37,12 +42,13 @@ def load(paths: Sequence[Path]) -> Resources:
     problems: list[Problem] = []
     found: list[tuple[str, Resource]] = []
     for path in _files(paths, problems):
+        name = _STDIN_NAME if path == STDIN else str(path)
         try:
-            found += [(str(path), r) for r in parse_resources(path.read_text(encoding="utf-8"), str(path))]
+            found += [(name, r) for r in parse_resources(_read(path), name)]
         except InvalidResourcesError as error:
             problems += error.problems
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(Problem(str(path), "", f"can't be read: {error}"))
+            problems.append(Problem(name, "", f"can't be read: {error}"))
     problems += _clashes(found)
     if problems:
         raise InvalidResourcesError(problems)
@@ -52,10 +58,19 @@ def load(paths: Sequence[Path]) -> Resources:
     )
 
 
+def _read(path: Path) -> str:
+    return (sys.stdin.buffer.read() if path == STDIN else path.read_bytes()).decode()
+
+
 def _files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if path == STDIN:
+            if STDIN in files:
+                problems.append(Problem(_STDIN_NAME, "", "can be read only once: give - once"))
+            else:
+                files.append(path)
+        elif path.is_dir():
             files += sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
         elif path.exists():
             files.append(path)

@@ -12,7 +12,7 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from modelfleet_operator.api import InvalidResourcesError, ModelDeployment, ServingPool
+from modelfleet_operator.api import InvalidResourcesError, ModelDeployment, Problem, ServingPool
 from modelfleet_operator.api.model_deployment import Source
 from modelfleet_operator.catalog.accelerators import accelerators
 from modelfleet_operator.clients.model_hub import ModelHub
@@ -69,7 +69,12 @@ class PlanOptions:
 
 
 async def run_plan(options: PlanOptions, hub: ModelHub | None = None) -> int:
-    """Plan and print; the exit code says whether everything fits."""
+    """Plan and print.
+
+    Returns:
+        The exit code: 0 when everything fits, 1 when something does not, 2 when there is nothing to plan
+        because the input is wrong.
+    """
     hub = hub or ModelHub()
     if options.model is not None and (problem := _source_problem(options.model)):
         sys.stderr.write(f"{problem}\n")
@@ -117,7 +122,8 @@ async def _plan_files(
     known = {**resources.pools, **pools}
     deployments = list(resources.deployments.values())
     if not deployments:
-        sys.stderr.write("the files hold no ModelDeployment\n")
+        where = ", ".join(str(path) for path in options.files)
+        raise InvalidResourcesError([Problem(where, "", "holds no ModelDeployment to plan")])
     facts = await _read(
         hub, {d.source(v) for d in deployments for v in d.spec.variants if _needs_facts(d, v.name)}
     )

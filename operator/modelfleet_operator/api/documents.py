@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,12 +33,12 @@ class Problem:
     """File and line, or the resource's name."""
     field: str
     message: str
+    document: str = ""
+    """Which of several in one text: its number, and what it calls itself."""
 
     def __str__(self) -> str:
         """As one line."""
-        return (
-            f"{self.where}: {self.field}: {self.message}" if self.field else f"{self.where}: {self.message}"
-        )
+        return ": ".join(part for part in (self.where, self.document, self.field, self.message) if part)
 
 
 class InvalidResourcesError(ValueError):
@@ -75,18 +76,26 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_resources(text: str, file: str) -> list[Resource]:
-    """Resources of a YAML text with one or more documents.
+    """Resources of a YAML or JSON text with one or more documents.
+
+    A ``List``, as kubectl prints it, stands for its items.
+
+    Args:
+        text: the documents.
+        file: what problems call it.
 
     Raises:
         InvalidResourcesError: with all problems of all documents.
     """
     problems: list[Problem] = []
     resources: list[Resource] = []
-    for node in _compose(text, file):
+    nodes = [item for node in _compose(text, file) for item in _items(node)]
+    for number, node in enumerate(nodes, 1):
         try:
             resources.append(_parse_node(node, file))
         except InvalidResourcesError as error:
-            problems.extend(error.problems)
+            name = _document(node, number) if len(nodes) > 1 else ""
+            problems.extend(replace(problem, document=name) for problem in error.problems)
     if not resources and not problems:
         problems.append(Problem(file, "", "holds no resource"))
     if problems:
@@ -139,6 +148,34 @@ def _compose(text: str, file: str) -> list[yaml.Node]:
     except yaml.YAMLError as error:
         raise InvalidResourcesError([Problem(file, "", f"not valid YAML: {error}")]) from error
     return [n for n in nodes if not (isinstance(n, yaml.ScalarNode) and n.value in ("", "null", "~"))]
+
+
+def _items(node: yaml.Node) -> Iterator[yaml.Node]:
+    """The documents of a ``List``; any other one itself."""
+    items = _child(node, "items")
+    if _text(node, "kind") == "List" and isinstance(items, yaml.SequenceNode):
+        yield from items.value
+    else:
+        yield node
+
+
+def _document(node: yaml.Node, number: int) -> str:
+    """What a document is called among several."""
+    metadata = _child(node, "metadata")
+    namespace, name = (_text(metadata, "namespace"), _text(metadata, "name")) if metadata else ("", "")
+    key = f"{namespace}/{name}" if namespace else name
+    called = " ".join(part for part in (_text(node, "kind"), key) if part)
+    return f"document {number} ({called})" if called else f"document {number}"
+
+
+def _child(node: yaml.Node, key: str) -> yaml.Node | None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return next((value for name, value in pairs if name.value == key), None)
+
+
+def _text(node: yaml.Node, key: str) -> str:
+    child = _child(node, key)
+    return str(child.value) if isinstance(child, yaml.ScalarNode) else ""
 
 
 def _parse_node(node: yaml.Node, file: str) -> Resource:

@@ -73,17 +73,30 @@ kind: Foo
 """
     found = problems_of(text)
     assert len(found) == 6
-    assert found[0].startswith("f.yaml:3: metadata.name: 'Foo_bar' is not allowed; must match")
-    assert found[1] == "f.yaml:5: spec.model.tsk: unknown field; did you mean task?"
-    assert (
-        "f.yaml:9: spec.variants[0].quantization: 'AWK' is not allowed; use one of 'None', 'FP8'" in found[2]
+    first, second = "document 1 (ModelDeployment Foo_bar)", "document 2 (Foo)"
+    assert found[0].startswith(f"f.yaml:3: {first}: metadata.name: 'Foo_bar' is not allowed; must match")
+    assert found[1] == f"f.yaml:5: {first}: spec.model.tsk: unknown field; did you mean task?"
+    quantization = "spec.variants[0].quantization: 'AWK' is not allowed; use one of 'None', 'FP8'"
+    assert found[2].startswith(f"f.yaml:9: {first}: {quantization}")
+    assert found[3] == (
+        f"f.yaml:8: {first}: spec.variants[0].replicas.min: replicas.min must not exceed replicas.max (is 3)"
     )
-    assert (
-        found[3]
-        == "f.yaml:8: spec.variants[0].replicas.min: replicas.min must not exceed replicas.max (is 3)"
+    assert found[4].startswith(f"f.yaml:11: {second}: apiVersion: not set is not served here")
+    assert found[5].startswith(f"f.yaml:11: {second}: kind: 'Foo' is not a kind of modelfleet.io/v1alpha1")
+
+
+def test_a_list_as_kubectl_prints_it_is_its_items() -> None:
+    item = MINIMAL.replace("{name: m}", "{name: m, namespace: team, resourceVersion: '5', managedFields: []}")
+    broken = item.replace("name: m,", "name: second,").replace("hf://org", "ftp://org")
+    first, second = ("\n- " + "\n  ".join(text.strip().splitlines()) for text in (item, broken))
+    head = "apiVersion: v1\nkind: List\nmetadata: {resourceVersion: ''}\nitems:"
+    (only,) = parse_resources(head + first, "f.yaml")
+    assert only.key == "team/m"
+    (problem,) = problems_of(head + first + second)
+    assert problem.startswith(
+        "f.yaml:15: document 2 (ModelDeployment team/second): spec.model.source: 'ftp://org/name' is"
     )
-    assert found[4].startswith("f.yaml:11: apiVersion: not set is not served here")
-    assert found[5].startswith("f.yaml:11: kind: 'Foo' is not a kind of modelfleet.io/v1alpha1")
+    assert problems_of("apiVersion: v1\nkind: List\nitems: []") == ["f.yaml: holds no resource"]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from tests.unit.planner.measured import config
 
+from modelfleet_operator.cli import main
 from modelfleet_operator.clients.model_hub import ModelHub
 from modelfleet_operator.plan_command import PlanOptions, run_plan
 
@@ -91,6 +94,72 @@ async def test_invalid_files_exit_with_2(
     broken.write_text("kind: Nothing")
     assert await run_plan(PlanOptions([broken]), hub) == 2
     assert "x.yaml" in capsys.readouterr().err
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+async def test_several_documents_come_through_a_pipe(
+    tmp_path: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment, pool = files(tmp_path)
+    first = deployment.read_text()
+    second = first.replace("{name: qwen}", "{name: other}")
+    pipe(monkeypatch, f"{first}---\n{second}---\n{pool.read_text()}")
+    assert await run_plan(PlanOptions([Path("-")], output="json"), hub) == 0
+    variants = json.loads(capsys.readouterr().out)["variants"]
+    # The pool came with them, and has two A10: enough for both, and four T4.
+    assert [(v["deployment"], v["name"], v["fits"]) for v in variants] == [
+        ("qwen", "bf16", True), ("qwen", "awq", True), ("other", "bf16", True), ("other", "awq", True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            DEPLOYMENT.format(bf16="/a", awq="/b", quantization="AWQ") + "---" + DEPLOYMENT.format(
+                bf16="/a", awq="/b", quantization="AWK").replace("qwen", "other"),
+            "stdin:27: document 2 (ModelDeployment other): spec.variants[1].quantization: 'AWK' is",
+        ),
+        (POOL, "-: holds no ModelDeployment to plan"),
+        ("", "stdin: holds no resource"),
+        ("\0", "stdin: not valid YAML"),
+    ],
+)  # fmt: skip
+async def test_what_is_wrong_with_standard_input_is_named(
+    text: str,
+    message: str,
+    hub: ModelHub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe(monkeypatch, text)
+    assert await run_plan(PlanOptions([Path("-")]), hub) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message)
+    assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "-f", "-", "--pool", "-"], "standard input can be read only once"),
+        (["plan", "-f", "-", "-f", "-"], "standard input can be read only once"),
+        (["plan"], "give either -f FILE or --model SOURCE"),
+        (["up", "-f", "-"], "follows its files"),
+    ],
+)
+def test_what_standard_input_can_not_do_is_said(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["modelfleet", *arguments])
+    pipe(monkeypatch, "")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("columns", ["80", "160"])
