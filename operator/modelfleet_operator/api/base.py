@@ -7,7 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 GROUP: Final = "modelfleet.io"
@@ -23,10 +31,50 @@ HELD_BY_SCHEMA: Final = ""
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+BYTES = QUANTITY.replace("(m|", "(")
+MEMORY = (
+    r"^(0*[1-9][0-9]*(\.[0-9]+)?(M|G|T|Mi|Gi|Ti)|0+\.[0-9]*[1-9][0-9]*(G|T|Gi|Ti)"
+    r"|0*[1-9][0-9]{3,}(\.[0-9]+)?(k|Ki)|0*[1-9][0-9]{6,}(\.[0-9]+)?)$"
+)
+"""A quantity of bytes, at least a million: less is a number without its unit."""
+SMALLEST_MEMORY: Final = 1_000_000
+_QUANTITY_LENGTH: Final = 32
+
+
+def _as_text(value: object) -> object:
+    """What is written as a whole number, as text."""
+    return str(value) if type(value) is int else value
+
+
+def _int_or_string(pattern: str, smallest: int) -> WithJsonSchema:
+    """The schema of a quantity: Kubernetes takes ``4`` as well as ``"4"``, and so do we."""
+    return WithJsonSchema(
+        {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "x-kubernetes-int-or-string": True,
+            "pattern": pattern,
+            "maxLength": _QUANTITY_LENGTH,
+            "minimum": smallest,
+        }
+    )
+
 
 Name = Annotated[str, StringConstraints(pattern=DNS_LABEL, min_length=1, max_length=MAX_NAME_LENGTH)]
 Duration = Annotated[str, StringConstraints(pattern=DURATION, max_length=32)]
-Quantity = Annotated[str, StringConstraints(pattern=QUANTITY, max_length=32)]
+Quantity = Annotated[
+    str,
+    StringConstraints(pattern=QUANTITY, max_length=_QUANTITY_LENGTH),
+    BeforeValidator(_as_text),
+    _int_or_string(QUANTITY, 0),
+]
+"""A Kubernetes quantity, always text here."""
+Memory = Annotated[
+    str,
+    StringConstraints(pattern=BYTES, max_length=_QUANTITY_LENGTH),
+    BeforeValidator(_as_text),
+    _int_or_string(MEMORY, SMALLEST_MEMORY),
+]
+"""A quantity of bytes; its owner has a :func:`memory_rule`."""
 Percent = Annotated[int, Field(ge=1, le=100)]
 Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -50,10 +98,6 @@ def quantity_value(value: str) -> float:
     return float(number) * _QUANTITY_FACTOR[value[len(number) :]]
 
 
-SMALLEST_MEMORY: Final = "1Mi"
-"""Less is a number without its unit."""
-
-
 @dataclass(frozen=True)
 class Rule:
     """A cross-field rule, said twice: in CEL for the API server, in Python for files and for the operator.
@@ -74,6 +118,8 @@ class Rule:
 def memory_rule(field: str, attribute: str) -> Rule:
     """The rule that an amount of memory has a unit that makes sense.
 
+    The schema holds it: CEL would have to read text whose length it does not know on older API servers.
+
     Args:
         field: as users write it.
         attribute: the same in Python.
@@ -81,11 +127,11 @@ def memory_rule(field: str, attribute: str) -> Rule:
 
     def enough(owner: Any) -> bool:
         value = getattr(owner, attribute)
-        return value is None or quantity_value(value) >= quantity_value(SMALLEST_MEMORY)
+        return value is None or quantity_value(value) >= SMALLEST_MEMORY
 
     return Rule(
-        cel=f"!has(self.{field}) || quantity(self.{field}).compareTo(quantity('{SMALLEST_MEMORY}')) >= 0",
-        message=f"{field} must be at least {SMALLEST_MEMORY}: write a unit, as in 8Gi",
+        cel=HELD_BY_SCHEMA,
+        message=f"{field} must be at least 1M: write a unit, as in 8Gi",
         check=enough,
         field=field,
     )

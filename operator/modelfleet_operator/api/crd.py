@@ -112,6 +112,8 @@ def _structural(
     if "$ref" in own:
         name = own.pop("$ref").rsplit("/", 1)[1]
         return _described(_structural(definitions[name], definitions, models, name), own)
+    if own.get("x-kubernetes-int-or-string"):
+        return own  # the one union that there is
     if "anyOf" in own:  # Optional[X]: absence is said by leaving the field out
         (branch,) = [b for b in own.pop("anyOf") if b.get("type") != "null"]
         return _described(_structural(branch, definitions, models, "\0"), own)

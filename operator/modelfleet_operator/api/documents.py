@@ -186,7 +186,7 @@ def _parse_node(node: yaml.Node, file: str) -> Resource:
         raise InvalidResourcesError(
             [Problem(f"{file}:{error.line}", error.key, "stands twice in one object")]
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise InvalidResourcesError([Problem(here, "", f"not valid YAML: {error}")]) from error
     if not isinstance(body, dict):
         raise InvalidResourcesError([Problem(here, "", f"must be an object, not {_kind_of(body)}")])

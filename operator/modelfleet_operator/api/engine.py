@@ -8,9 +8,9 @@ from pydantic import Field, StringConstraints
 
 from modelfleet_operator.api.base import (
     ApiModel,
+    Memory,
     Percent,
     PositiveInt,
-    Quantity,
     Rule,
     memory_rule,
     quantity_value,
@@ -78,8 +78,8 @@ class EngineSpec(ApiModel):
     """Context length in tokens. Default: the longest that fits, up to the model's own."""
     gpu_memory_percent: Percent | None = None
     """Share of the GPU's memory that the engine may take, in percent. Default: the engine's."""
-    kv_cache_memory: Quantity | None = None
-    """Size of the KV cache per GPU, such as 8Gi; takes the place of `gpuMemoryPercent`."""
+    kv_cache_memory: Memory | None = None
+    """Size of the KV cache per GPU, as a quantity such as 8Gi; takes the place of `gpuMemoryPercent`."""
     max_num_seqs: PositiveInt | None = None
     """Requests that run at once; more wait in the engine."""
     chunked_prefill: Switch | None = None

@@ -11,6 +11,7 @@ from modelfleet_operator.api.base import (
     HELD_BY_SCHEMA,
     ApiModel,
     Duration,
+    Memory,
     Quantity,
     Rule,
     memory_rule,
@@ -85,9 +86,9 @@ class AcceleratorGroup(ApiModel):
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
     """Accelerators of one node; 0 for CPU nodes."""
     cpus_per_node: Quantity | None = None
-    """CPU cores that a pod on such a node asks for."""
-    memory_per_node: Quantity | None = None
-    """Memory that a pod on such a node asks for."""
+    """CPU cores that a pod on such a node asks for, as a quantity: 8 or 7500m."""
+    memory_per_node: Memory | None = None
+    """Memory that a pod on such a node asks for, as a quantity: 28Gi."""
     min_nodes: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Nodes that are always kept."""
     max_nodes: Annotated[int, Field(ge=0, le=10_000)] = 1
@@ -110,13 +111,15 @@ class HeadSpec(ApiModel):
     """The Ray head pod."""
 
     cpu: Quantity = "2"
-    """CPU cores."""
-    memory: Quantity = "8Gi"
-    """Memory."""
+    """CPU cores, as a quantity: 2 or 1500m."""
+    memory: Memory = "8Gi"
+    """Memory, as a quantity: 8Gi."""
     node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
     """Labels of the node."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
     """Taints of the node."""
+
+    rules = (memory_rule("memory", "memory"),)
 
 
 class GcsFaultTolerance(ApiModel):

@@ -10,6 +10,7 @@ import pytest
 from tests.controlplane.bed import Cluster, CommandError
 from tests.controlplane.operator.world import GROUP, deployment
 
+from modelfleet_operator.api import InvalidResourcesError, parse_object
 from modelfleet_operator.api.base import ApiModel, Rule
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
@@ -81,26 +82,30 @@ CASES: dict[str, tuple[Body, Body]] = {
         pool(ray={"address": "http://r:8265", "registry": "http://r"}),
         pool(ray={"address": "http://r:8265", "registry": "http://[::1"}),
     ),
-    "kvCacheMemory must be at least 1Mi: write a unit, as in 8Gi": (
-        deployment(engine={"kvCacheMemory": "1Mi"}),
-        deployment(engine={"kvCacheMemory": "8"}),
-    ),
-    "memoryPerNode must be at least 1Mi: write a unit, as in 8Gi": (
-        pool(accelerators=[{"type": "A10", "memoryPerNode": "1G"}]),
-        pool(accelerators=[{"type": "A10", "memoryPerNode": "64"}]),
-    ),
     "an adapter must not have the name of its model, here the resource's": (
         deployment(adapters=[ADAPTER]),
         deployment("lora", adapters=[ADAPTER]),
     ),
     "metadata.name must have at most 40 characters": (deployment(LONG[:40]), deployment(LONG)),
 }
-HELD_BY_LIST_MAPS: dict[str, tuple[Body, str]] = {
+IN_SCHEMA: dict[str, tuple[Body, str]] = {
     "each variant needs a name of its own": (deployment(variants=variants("a", "a")), "Duplicate value"),
     "each adapter needs a name of its own": (deployment(adapters=[ADAPTER, ADAPTER]), "Duplicate value"),
     "each accelerator type stands once": (
         pool(accelerators=[{"type": "A10"}, {"type": "A10"}]),
         "Duplicate value",
+    ),
+    "kvCacheMemory must be at least 1M: write a unit, as in 8Gi": (
+        deployment(engine={"kvCacheMemory": 8}),
+        "spec.engine.kvCacheMemory: .*1e[+]06",
+    ),
+    "memoryPerNode must be at least 1M: write a unit, as in 8Gi": (
+        pool(accelerators=[{"type": "A10", "memoryPerNode": "64"}]),
+        "memoryPerNode: Invalid value: .*should match",
+    ),
+    "memory must be at least 1M: write a unit, as in 8Gi": (
+        pool(ray={"cluster": {"head": {"memory": 999_999}}}),
+        "spec.ray.cluster.head.memory: .*1e[+]06",
     ),
 }
 ON_UPDATE = "model.name can't be changed: clients ask for it; make a new ModelDeployment"
@@ -123,7 +128,7 @@ def create(cluster: Cluster, namespace: str, body: Body) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert all_rules().keys() == CASES.keys() | HELD_BY_LIST_MAPS.keys() | {ON_UPDATE}
+    assert all_rules().keys() == CASES.keys() | IN_SCHEMA.keys() | {ON_UPDATE}
 
 
 @pytest.mark.parametrize("message", CASES)
@@ -135,9 +140,9 @@ def test_rule(crds: Cluster, namespace: str, message: str) -> None:
     assert message in refused.value.stderr
 
 
-@pytest.mark.parametrize("message", HELD_BY_LIST_MAPS)
-def test_list_map(crds: Cluster, namespace: str, message: str) -> None:
-    body, refusal = HELD_BY_LIST_MAPS[message]
+@pytest.mark.parametrize("message", IN_SCHEMA)
+def test_rule_in_the_schema(crds: Cluster, namespace: str, message: str) -> None:
+    body, refusal = IN_SCHEMA[message]
     with pytest.raises(CommandError, match=refusal):
         create(crds, namespace, body)
 
@@ -182,6 +187,56 @@ def test_wrong_values_are_refused(crds: Cluster, namespace: str, path: str, valu
     assert last in refused.value.stderr
 
 
+QUANTITIES = [4, "4", "7500m", "1.5"]
+NO_QUANTITIES = [-1, 1.5, True, "4 cores", "1e3", "", "1" * 33]
+MEMORY = ["16Gi", 17179869184, "17179869184", "0.5Gi", "1000k", 1_000_000, "1Mi"]
+NO_MEMORY = [0, 999_999, "16", "0Gi", "999k", "16GB", "1000m", 1.5]
+
+
+@pytest.mark.parametrize("value", QUANTITIES)
+def test_quantity(crds: Cluster, namespace: str, value: object) -> None:
+    create(crds, namespace, pool(accelerators=[{"type": "A10", "cpusPerNode": value}]))
+    create(crds, namespace, pool(ray={"cluster": {"head": {"cpu": value}}}))
+
+
+@pytest.mark.parametrize("value", NO_QUANTITIES)
+def test_no_quantity(crds: Cluster, namespace: str, value: object) -> None:
+    with pytest.raises(CommandError, match="cpusPerNode"):
+        create(crds, namespace, pool(accelerators=[{"type": "A10", "cpusPerNode": value}]))
+
+
+@pytest.mark.parametrize("value", MEMORY)
+def test_memory(crds: Cluster, namespace: str, value: object) -> None:
+    create(crds, namespace, pool(accelerators=[{"type": "A10", "memoryPerNode": value}]))
+    create(crds, namespace, pool(ray={"cluster": {"head": {"memory": value}}}))
+    create(crds, namespace, deployment(engine={"kvCacheMemory": value}))
+
+
+@pytest.mark.parametrize("value", NO_MEMORY)
+def test_no_memory(crds: Cluster, namespace: str, value: object) -> None:
+    with pytest.raises(CommandError, match="kvCacheMemory"):
+        create(crds, namespace, deployment(engine={"kvCacheMemory": value}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "accepted"),
+    [
+        ("cpu", QUANTITIES, True),
+        ("cpu", NO_QUANTITIES, False),
+        ("memory", MEMORY, True),
+        ("memory", NO_MEMORY, False),
+    ],
+)
+def test_files_take_the_same_quantities(kind: str, values: list[object], accepted: bool) -> None:
+    for value in values:
+        body = pool(ray={"cluster": {"head": {kind: value}}})
+        if accepted:
+            parse_object(body)
+        else:
+            with pytest.raises(InvalidResourcesError):
+                parse_object(body)
+
+
 def test_unknown_fields_are_told(crds: Cluster, namespace: str) -> None:
     with pytest.raises(CommandError, match="unknown field"):
         create(crds, namespace, deployment(varaints=[]))
@@ -219,6 +274,8 @@ def test_explain_documents_every_field(crds: Cluster) -> None:
     text = crds.kubectl("explain", "modeldeployment.spec.variants.quantization")
     assert "How the weights are quantized" in text
     assert "NVFP4" in text.partition("ENUM:")[2]
+    text = crds.kubectl("explain", "servingpool.spec.accelerators.memoryPerNode")
+    assert "as a quantity: 28Gi" in text
 
 
 def undocumented(node: Body, path: str) -> list[str]:

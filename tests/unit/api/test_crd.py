@@ -34,6 +34,11 @@ def test_files_are_fresh(name: str, text: str) -> None:
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_structural(kind: str) -> None:
     for path, node in nodes(SCHEMAS[kind]):
+        if node.get("x-kubernetes-int-or-string"):
+            assert "type" not in node, path
+            assert node["anyOf"] == [{"type": "integer"}, {"type": "string"}], path
+            assert node.keys() >= {"pattern", "maxLength", "minimum"}, path
+            continue
         assert "type" in node, path
         assert not node.keys() & {"$ref", "anyOf", "oneOf", "allOf", "const", "title", "$defs"}, path
         assert ("properties" in node) + ("additionalProperties" in node) <= 1, path
@@ -51,9 +56,9 @@ def test_explain_has_a_text_for_every_field(kind: str) -> None:
 def test_lists_and_strings_are_bounded_where_rules_walk_them(kind: str) -> None:
     spec = SCHEMAS[kind]["properties"]["spec"]
     for path, node in nodes(spec):
-        if node["type"] == "array":
+        if node.get("type") == "array":
             assert "maxItems" in node, path
-        if node["type"] == "string" and "enum" not in node:
+        if node.get("type") == "string" and "enum" not in node:
             assert "maxLength" in node, path
 
 
@@ -65,3 +70,13 @@ def test_pass_through_options_are_the_only_open_fields() -> None:
         if node.get("x-kubernetes-preserve-unknown-fields")
     }
     assert open_fields == {".spec.engine.args", ".spec.variants[].engine.args"}
+
+
+def test_every_quantity_may_be_a_number() -> None:
+    quantities = {
+        path.rpartition(".")[2]
+        for schema in SCHEMAS.values()
+        for path, node in nodes(schema["properties"]["spec"])
+        if node.get("x-kubernetes-int-or-string")
+    }
+    assert quantities == {"kvCacheMemory", "cpusPerNode", "memoryPerNode", "cpu", "memory"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from modelfleet_operator.api import (
     parse_resources,
     quantity_value,
 )
+from modelfleet_operator.api.base import BYTES, MEMORY, SMALLEST_MEMORY
 
 SAMPLES = sorted(Path("manifests/samples").glob("*.yaml"))
 
@@ -187,6 +189,76 @@ def test_units() -> None:
     assert quantity_value("24Gi") == 24 * 2**30
     assert quantity_value("500m") == 0.5
     assert quantity_value("2") == 2
+
+
+POOL = """
+apiVersion: modelfleet.io/v1alpha1
+kind: ServingPool
+metadata: {{name: default}}
+spec:
+  ray: {{cluster: {{head: {{cpu: {cpu}, memory: {memory}}}}}}}
+  accelerators: [{{type: A10, cpusPerNode: {cpu}, memoryPerNode: {memory}}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("cpu", "memory", "cores", "size"),
+    [
+        ("4", "17179869184", 4, 2**34),
+        ("'4'", "'17179869184'", 4, 2**34),
+        ("7500m", "16Gi", 7.5, 2**34),
+        ("1.5", "0.5Gi", None, 2**29),
+        ("'1.5'", "1000k", 1.5, 10**6),
+    ],
+)
+def test_quantities_are_written_as_in_kubernetes(
+    cpu: str, memory: str, cores: float | None, size: float
+) -> None:
+    text = POOL.format(cpu=cpu, memory=memory)
+    if cores is None:  # Kubernetes takes no fraction for an int-or-string either
+        assert any("1.5 is a number; must be a string (put it in quotes)" in p for p in problems_of(text))
+        return
+    (pool,) = parse_resources(text, "f.yaml")
+    assert isinstance(pool, ServingPool)
+    (group,) = pool.spec.accelerators
+    assert pool.spec.ray.cluster is not None
+    for number in (group.cpus_per_node, pool.spec.ray.cluster.head.cpu):
+        assert number is not None
+        assert quantity_value(number) == cores
+    for number in (group.memory_per_node, pool.spec.ray.cluster.head.memory):
+        assert number is not None
+        assert quantity_value(number) == size
+
+
+@pytest.mark.parametrize(
+    ("cpu", "memory", "problem"),
+    [
+        ("4", "16", "memoryPerNode must be at least 1M: write a unit, as in 8Gi (is 16)"),
+        ("4", "16", "memory must be at least 1M: write a unit, as in 8Gi (is 16)"),
+        ("4", "'16'", "memoryPerNode must be at least 1M: write a unit, as in 8Gi (is '16')"),
+        ("4", "999k", "must be at least 1M"),
+        ("4", "0Gi", "must be at least 1M"),
+        ("-4", "16Gi", "cpusPerNode: '-4' is not allowed; must match"),
+        ("true", "16Gi", "cpusPerNode: True is a boolean; must be a string"),
+        ("4 cores", "16Gi", "'4 cores' is not allowed; must match"),
+        ("4", "16GB", "'16GB' is not allowed; must match"),
+        ("9" * 33, "16Gi", "at most 32 characters"),
+        ("9" * 5000, "16Gi", "f.yaml:2: not valid YAML"),
+    ],
+)
+def test_what_is_no_quantity_is_refused(cpu: str, memory: str, problem: str) -> None:
+    found = problems_of(POOL.format(cpu=cpu, memory=memory))
+    assert any(problem in one for one in found), found
+
+
+@given(st.from_regex(MEMORY, fullmatch=True) | st.from_regex(BYTES, fullmatch=True))
+def test_the_schema_of_memory_says_what_the_rule_says(text: str) -> None:
+    text = text.strip()
+    fraction = text.lstrip("0").startswith(".")  # a tiny one is left to the rule
+    if re.fullmatch(MEMORY, text) is None:
+        assert quantity_value(text) < SMALLEST_MEMORY or fraction
+    else:
+        assert quantity_value(text) >= SMALLEST_MEMORY or fraction
 
 
 def test_variants_override_the_engine_field_by_field() -> None:
