@@ -384,8 +384,7 @@ class PoolController:
         self._decisions[key] = decision
         self._config.want(key, decision.applications)
         self.routes.want(key, decision.route)
-        ready = all(f.status == "True" for f in decision.findings if f.type == "Ready")
-        (self._unsettled.discard if ready else self._unsettled.add)(key)
+        (self._unsettled.discard if decision.settled else self._unsettled.add)(key)
 
     def _observed(self, key: str) -> Observed:
         model = self.deployments[key].model_name

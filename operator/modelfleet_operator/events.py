@@ -31,6 +31,8 @@ _UNDER_WAY: Final = frozenset(
     {"Deploying", "Starting", "Pending", "Updating", "RollingOut", "Unknown", "ClusterStarting", "Deleting"}
 )
 """Reasons of what is not ready and need not worry anybody."""
+_ON_PURPOSE: Final = frozenset({"Suspended"})
+"""Reasons of what somebody asked for."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class EventWriter:
                 "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
                 "reportingController": CONTROLLER,
                 "reportingInstance": self.identity[:128],
-                "type": "Normal" if condition.status == "True" else "Warning",
+                "type": event_type(condition),
                 "reason": condition.reason,
                 "action": f"Set{condition.type}",
                 "note": f"{condition.type}={condition.status}: {condition.message}"[:_NOTE_LENGTH],
@@ -95,6 +97,11 @@ class EventWriter:
                 log.info("event not written: %s", error)
 
 
+def event_type(condition: Condition) -> str:
+    """``Warning`` for what is lost, ``Normal`` for what is reached or asked for."""
+    return "Normal" if condition.status == "True" or condition.reason in _ON_PURPOSE else "Warning"
+
+
 def turned(before: Sequence[Condition], after: Sequence[Condition]) -> Iterator[Condition]:
     """Conditions that turned in a way that people want to know of.
 
@@ -111,7 +118,8 @@ def turned(before: Sequence[Condition], after: Sequence[Condition]) -> Iterator[
         if condition.type in _QUIET or (was is not None and was.status == condition.status):
             continue
         verdict = condition.type in _VERDICTS
-        bad = condition.status == "False" and (verdict or (was is not None and was.status == "True"))
+        held = was is not None and was.status == "True" and was.reason not in _ON_PURPOSE
+        bad = condition.status == "False" and (verdict or (held and condition.type != "Suspended"))
         again = verdict and was is not None and was.status == "False"
         if bad or (condition.status == "True" and (condition.type == "Ready" or again)):
             yield condition

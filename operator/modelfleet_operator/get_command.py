@@ -54,7 +54,9 @@ def condition(document: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _deployments(documents: Sequence[dict[str, Any]], *, wide: bool) -> Table:
-    table = _table("NAME", "MODEL", "VARIANTS", "READY", "SERVING", "REASON", *(["POOL"] if wide else []))
+    table = _table(
+        "NAME", "MODEL", "VARIANTS", "READY", "SERVING", "REASON", *(["POOL", "SUSPENDED"] if wide else [])
+    )
     for document in documents:
         status = document.get("status", {})
         table.add_row(
@@ -64,9 +66,13 @@ def _deployments(documents: Sequence[dict[str, Any]], *, wide: bool) -> Table:
             status.get("ready", ""),
             condition(document, "Serving").get("status", ""),
             condition(document, "Ready").get("reason", ""),
-            *([document["spec"].get("pool", "default")] if wide else []),
+            *(_wide(document["spec"]) if wide else []),
         )
     return table
+
+
+def _wide(spec: dict[str, Any]) -> list[str]:
+    return [spec.get("pool", "default"), str(spec.get("suspend", False)).lower()]
 
 
 def _variants(documents: Sequence[dict[str, Any]]) -> Table:

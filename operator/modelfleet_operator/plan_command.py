@@ -142,7 +142,9 @@ def _plan_pool(
 ) -> list[Row]:
     pairs = [(d, v) for d in deployments for v in d.spec.variants]
     requests = {
-        f"{d.key}/{v.name}": variant_request(d, v, facts.get(d.source(v)), replicas=v.replicas.min)
+        f"{d.key}/{v.name}": variant_request(
+            d, v, facts.get(d.source(v)), replicas=0 if d.spec.suspend else v.replicas.min
+        )
         for d, v in pairs
     }
     results = plan_all(requests, view)

@@ -312,6 +312,8 @@ class RouteSpec(Wire, kw_only=True, frozen=True):
     queue: QueueSettings = QueueSettings()
     task: Task = Task.GENERATE
     adapters: list[str] = []
+    suspended: bool = False
+    """Requests are refused instead of held: nothing will come."""
 
     def digest(self) -> str:
         """Stable hash of the content; the registry reports it so that drift is seen without the body."""
@@ -350,6 +352,8 @@ class ModelRoute(Wire, kw_only=True, frozen=True):
     variants: list[VariantRoute] = []
     task: Task = Task.GENERATE
     adapters: list[str] = []
+    suspended: bool = False
+    """Requests are refused instead of held: nothing will come."""
 
 
 class RouteTable(Wire, kw_only=True, frozen=True):

@@ -23,6 +23,7 @@ MODEL_DEPLOYMENT_COLUMNS: Final = (
     ("Reason", "string", ".status.conditions[?(@.type=='Ready')].reason", 0),
     ("Pool", "string", ".spec.pool", 1),
     ("Replicas", "integer", ".status.readyReplicas", 1),
+    ("Suspended", "boolean", ".spec.suspend", 1),
     ("Age", "date", ".metadata.creationTimestamp", 0),
 )
 SERVING_POOL_COLUMNS: Final = (

@@ -164,6 +164,8 @@ class ModelDeploymentSpec(ApiModel):
     """The model."""
     pool: Name = "default"
     """ServingPool that runs it."""
+    suspend: bool = False
+    """Whether it pauses: its replicas drain and end, its name and plan are kept, requests are refused."""
     engine: EngineSpec | None = None
     """Engine settings that all variants share."""
     variants: Annotated[

@@ -113,7 +113,7 @@ class ModelDeploymentStatus(StatusModel):
     """Observed state; written by the operator."""
 
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra={"x-map-key": "type"})] = []
-    """Accepted, Fits, Progressing, Serving, Ready."""
+    """Accepted, Fits, Progressing, Serving, Suspended, Ready."""
     observed_generation: int | None = None
     """Generation of the spec that the status is about."""
     model: str | None = None

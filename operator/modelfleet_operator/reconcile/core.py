@@ -19,6 +19,7 @@ from modelfleet_operator.reconcile.observed import Observed
 from modelfleet_operator.reconcile.rollout import VariantRollout, roll_out
 from modelfleet_operator.reconcile.routes import route_of
 from modelfleet_operator.reconcile.status import describe
+from modelfleet_operator.reconcile.suspension import suspended_findings, suspended_rows
 from modelfleet_serving.contract import ModelDemand, RouteSpec
 
 
@@ -30,6 +31,12 @@ class Decision:
     route: RouteSpec
     variants: tuple[VariantStatus, ...]
     findings: tuple[Finding, ...]
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is under way that Ray would have to be asked about."""
+        at_rest = {"Ready": "True", "Progressing": "False"}
+        return all(f.status == at_rest.get(f.type, f.status) for f in self.findings)
 
 
 def reconcile(
@@ -48,6 +55,8 @@ def reconcile(
         registry: address of the pool's registry, as replicas reach it.
         room: by variant, whether a second revision fits beside the running one.
     """
+    if deployment.spec.suspend:
+        return _suspended(deployment, plans, observed, registry)
     rollouts: dict[str, VariantRollout] = {}
     wanted: dict[str, Application | None] = {}
     for variant in deployment.spec.variants:
@@ -60,7 +69,7 @@ def reconcile(
             surge=_surge(deployment, room.get(variant.name, True)),
             blind=observed.blind,
         )
-    promised = {v.name: _promised(v, plans[v.name], observed) for v in deployment.spec.variants}
+    promised = {v.name: _promised(deployment, v, plans[v.name], observed) for v in deployment.spec.variants}
     variants, findings = describe(deployment, promised, wanted, rollouts, observed)
     stay = leaving(deployment, plans, wanted, observed)
     return Decision(
@@ -71,27 +80,48 @@ def reconcile(
     )
 
 
+def _suspended(
+    deployment: ModelDeployment, plans: Mapping[str, PlanResult], observed: Observed, registry: str
+) -> Decision:
+    """Nothing runs: what did is removed, which drains it."""
+    wanted = {
+        v.name: _wanted(deployment, v, plans[v.name], observed, registry) for v in deployment.spec.variants
+    }
+    nothing = {v.name: VariantRollout() for v in deployment.spec.variants}
+    rows, findings = describe(deployment, plans, wanted, nothing, observed)
+    return Decision(
+        applications=(),
+        route=route_of(deployment, nothing),
+        variants=suspended_rows(rows),
+        findings=suspended_findings(findings, observed),
+    )
+
+
 def _wanted(
     deployment: ModelDeployment, variant: Variant, result: PlanResult, observed: Observed, registry: str
 ) -> Application | None:
     if result.plan is None:
         return None
     args = application_args(deployment, variant, result.plan, registry)
-    replicas = replicas_of(variant, observed)
+    replicas = replicas_of(deployment, variant, observed)
     if result.short:
         replicas = max(replicas - result.short, variant.replicas.min)
     return Application(args, replicas, running_config(deployment))
 
 
-def _promised(variant: Variant, result: PlanResult, observed: Observed) -> PlanResult:
+def _promised(
+    deployment: ModelDeployment, variant: Variant, result: PlanResult, observed: Observed
+) -> PlanResult:
     """A plan as its user reads it: replicas that demand alone asks for were promised to nobody."""
-    if result.short and replicas_of(variant, observed) - result.short >= variant.replicas.min:
+    if result.short and replicas_of(deployment, variant, observed) - result.short >= variant.replicas.min:
         return replace(result, short=0, reason="Planned")
     return result
 
 
-def replicas_of(variant: Variant, observed: Observed) -> int:
+def replicas_of(deployment: ModelDeployment, variant: Variant, observed: Observed) -> int:
     """Replicas that a variant shall have now."""
+    if deployment.spec.suspend:
+        return 0
     revisions = observed.revisions(variant.name).values()
     return wanted_replicas(
         variant.replicas,

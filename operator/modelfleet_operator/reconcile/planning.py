@@ -257,7 +257,7 @@ def _request(
         deployment,
         variant,
         facts.get(deployment.source(variant)) if deployment.needs_facts(variant) else None,
-        replicas=replicas_of(variant, observed),
+        replicas=replicas_of(deployment, variant, observed),
         current=_accelerator_in_use(variant.name, observed),
     )
 

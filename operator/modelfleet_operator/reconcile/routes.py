@@ -41,4 +41,5 @@ def route_of(
         ),
         task=Task(deployment.spec.model.task),
         adapters=[a.name for a in deployment.spec.adapters],
+        suspended=deployment.spec.suspend,
     )

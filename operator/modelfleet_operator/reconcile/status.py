@@ -45,6 +45,7 @@ def describe(
         _fits(plans),
         _progressing(rows, rollouts),
         _serving(rows, observed),
+        Finding("Suspended", "False", "NotSuspended"),
         _ready(rows, rollouts, observed),
     )
     return tuple(rows), findings
@@ -274,7 +275,7 @@ def _with_old_measurements(row: VariantStatus, old: ModelDeploymentStatus | None
 
 def first_status() -> tuple[Finding, ...]:
     """Conditions at first sight: every type stands there from the beginning."""
-    rest = ("Fits", "Progressing", "Serving", "Ready")
+    rest = ("Fits", "Progressing", "Serving", "Suspended", "Ready")
     return (
         Finding("Accepted", "True", "Valid", "the spec is valid"),
         *(Finding(kind, "Unknown", "Pending", "not looked at yet") for kind in rest),
@@ -290,7 +291,9 @@ def refused_status(deployment: ModelDeployment | str, reason: str, message: str)
         message: for people.
     """
     key = deployment if isinstance(deployment, str) else deployment.key
-    unknown = [Finding(kind, "Unknown", "NotAccepted") for kind in ("Fits", "Progressing", "Serving")]
+    unknown = [
+        Finding(kind, "Unknown", "NotAccepted") for kind in ("Fits", "Progressing", "Serving", "Suspended")
+    ]
     return (
         Finding("Accepted", "False", reason, message),
         *unknown,

@@ -91,6 +91,7 @@ def model_route(spec: RouteSpec, endpoints: dict[tuple[str, str], list[Endpoint]
         variants=variants,
         task=spec.task,
         adapters=spec.adapters,
+        suspended=spec.suspended,
     )
 
 

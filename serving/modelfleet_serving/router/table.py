@@ -149,6 +149,7 @@ class ModelRef:
         "queue",
         "row",
         "stats",
+        "suspended",
         "variants",
     )
 
@@ -164,6 +165,7 @@ class ModelRef:
         self.namespace = spec.namespace
         self.affinity: Affinity = spec.affinity
         self.queue = spec.queue
+        self.suspended = spec.suspended
         self.variants = variants
         self.plan = VariantPlan(variants, spec.weights, spec.fallback, random.random())  # noqa: S311
         self.adapters = frozenset(spec.adapters).union(
@@ -228,6 +230,7 @@ class Table:
         self._cell_of = cell_of
         self.models: dict[str, ModelRef] = {}
         self._names: dict[str, Target] = {}
+        self._suspended: set[str] = set()
         self.loaded = False
 
     def put(self, spec: ModelRoute) -> list[EndpointRef]:
@@ -283,10 +286,13 @@ class Table:
 
     def publish(self) -> None:
         """Makes the names of added and removed models and adapters known, in one step."""
-        names = {model.name: Target(model.name, model, None) for model in self.models.values()}
-        for model in self.models.values():
+        served = [model for model in self.models.values() if not model.suspended]
+        names = {model.name: Target(model.name, model, None) for model in served}
+        for model in served:
             for adapter in model.adapters:
                 names.setdefault(adapter, Target(adapter, model, adapter))
+        paused = (model for model in self.models.values() if model.suspended)
+        self._suspended = {name for model in paused for name in (model.name, *model.adapters)} - names.keys()
         self._names = names
         self.loaded = True
 
@@ -294,7 +300,8 @@ class Table:
         """The target of ``MODEL``, ``MODEL:VARIANT`` or an adapter's name.
 
         Raises:
-            RequestError: 404 with the names that exist; 503 before the first table.
+            RequestError: 404 with the names that exist; 503 before the first table, and for a model that is
+                suspended.
         """
         target = self._names.get(name)
         if target is not None:
@@ -305,6 +312,8 @@ class Table:
             if not self.loaded:
                 message = "this router has no route table yet"
                 raise RequestError(503, message, code="no_route_table", retry_after=1.0)
+            if name in self._suspended or (colon and base in self._suspended):
+                raise suspended_error(name)
             raise RequestError(
                 404,
                 f"the model {_printable(name)!r} does not exist; {self._existing()}",
@@ -324,6 +333,12 @@ class Table:
         shown = ", ".join(names[:_NAMES_IN_ERROR])
         more = len(names) - _NAMES_IN_ERROR
         return f"models are: {shown}" + (f" and {more} more (GET /v1/models lists them)" if more > 0 else "")
+
+
+def suspended_error(name: str) -> RequestError:
+    """The answer to a request for a suspended model; it tells clients that trying again won't help."""
+    message = f"the model {_printable(name)!r} is suspended: nothing runs until its spec.suspend is false"
+    return RequestError(503, message, code="model_suspended", headers=b"x-should-retry: false\r\n")
 
 
 def _empty(variant: VariantRef) -> list[EndpointRef]:

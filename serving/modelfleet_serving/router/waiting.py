@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from modelfleet_serving.contract import EndpointState
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.holding import HoldingQueue, PriorityError, QueueFullError, parse_priority
-from modelfleet_serving.router.table import EndpointRef, ModelRef, VariantRef
+from modelfleet_serving.router.table import EndpointRef, ModelRef, VariantRef, suspended_error
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.dispatch import Dispatcher
@@ -138,6 +138,9 @@ class WaitingRoom:
         for exchange in queue.clear(gone):
             self._leave(exchange, model)
             target = exchange.target
+            if model.suspended:
+                exchange.fail(suspended_error(target.name))
+                continue
             if model.variants and target.pin is not None and target.pin not in model.variants:
                 code, name = "variant_not_found", f"the variant {target.pin!r} of {target.name!r}"
             else:
@@ -192,8 +195,8 @@ def _lane(exchange: Exchange) -> tuple[str, ...] | None:
 
 def _missing(lane: Hashable, model: ModelRef) -> bool:
     """Whether a lane waits for what its model doesn't have any more."""
-    if not model.variants or not isinstance(lane, tuple):
-        return not model.variants
+    if not model.variants or model.suspended or not isinstance(lane, tuple):
+        return not model.variants or model.suspended
     pin, adapter = lane[0], lane[1]
     return bool((pin and pin not in model.variants) or (adapter and adapter not in model.adapters))
 

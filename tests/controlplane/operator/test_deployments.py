@@ -128,6 +128,29 @@ def test_restart_of_the_operator_touches_nothing(world: World) -> None:
     assert version != world.get()["metadata"]["resourceVersion"]
 
 
+def test_suspended_it_keeps_its_object_and_runs_nothing(world: World, operator: OperatorProcess) -> None:
+    world.ray.ray.drain_seconds = 1.5
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    world.apply(deployment(suspend=True))
+    wait_until(lambda: world.route() and world.route().suspended, timeout=5, what="the route", interval=0.05)
+    assert not any(v.endpoints for v in world.route().variants)
+    world.wait_condition("Suspended")
+    assert world.condition("Progressing")[:2] == ("True", "Draining")
+    wait_until(lambda: not world.ray.names(), timeout=10, what="drained")
+    world.wait_condition("Progressing", "False", timeout=5)
+    assert world.condition("Serving")[:2] == ("False", "Suspended")
+    assert world.condition("Ready")[:2] == ("True", "Suspended")
+    line = world.cluster.kubectl("get", "mdep", "m", "-n", world.namespace, "-o", "wide").splitlines()
+    assert line[1].split()[:6] == ["m", "m", "a,b", "0/2", "False", "Suspended"]
+    assert dict(zip(line[0].split(), line[1].split(), strict=True))["SUSPENDED"] == "true"
+    assert {v["accelerator"] for v in world.get()["status"]["variants"]} == {"A10", "T4"}
+    world.apply(deployment())
+    world.wait_condition("Ready", reason="AllVariantsReady")
+    wait_until(lambda: not world.route().suspended, timeout=5, what="the route", interval=0.05)
+    assert world.condition("Suspended")[0] == "False"
+
+
 def test_events_tell_transitions_once(world: World, operator: OperatorProcess) -> None:
     world.apply(deployment())
     world.wait_condition("Ready")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelfleet_operator.api import Condition, ModelDeployment, ServingPool, parse_object
-from modelfleet_operator.events import turned
+from modelfleet_operator.events import event_type, turned
 from modelfleet_operator.pending import PendingTracker
 from modelfleet_operator.planner.capacity import Demand, GroupCapacity
 from modelfleet_operator.planner.inputs import node_template, pool_view
@@ -346,6 +346,18 @@ def condition(kind: str, status: str) -> Condition:
 def test_events_tell_what_people_want_to_know(kind: str, before: str, after: str, told: bool) -> None:
     found = list(turned([condition(kind, before)], [condition(kind, after)]))
     assert bool(found) is told
+
+
+def test_a_pause_that_is_meant_is_no_warning() -> None:
+    """Serving ends with a word of it, and coming back begins without a complaint."""
+    held = condition("Ready", "True").model_copy(update={"reason": "Suspended"})
+    off = condition("Serving", "False").model_copy(update={"reason": "Suspended"})
+    turning = condition("Suspended", "True").model_copy(update={"reason": "Suspended"})
+    before = [condition("Serving", "True"), condition("Suspended", "False"), condition("Ready", "True")]
+    (told,) = turned(before, [off, turning, held])
+    assert (told.type, event_type(told)) == ("Serving", "Normal")
+    starting = condition("Ready", "False").model_copy(update={"reason": "Deploying"})
+    assert not list(turned([off, turning, held], [condition("Suspended", "False"), starting]))
 
 
 class TestSettings:

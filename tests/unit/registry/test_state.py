@@ -150,6 +150,10 @@ def test_only_revisions_with_a_weight_are_routed() -> None:
     assert {e.id: e.revision for e in variant.endpoints} == {"x": "r1", "y": "r2"}
     registry.put_route(route(variants=[VariantRouteSpec(name="a", revisions={"r1": 0, "r2": 100})]), now)
     assert set(endpoints(registry)) == {"y"}
+    registry.put_route(route(variants=[VariantRouteSpec(name="a")], suspended=True), now)
+    (model,) = registry.table.since("", -1).models
+    assert model.suspended
+    assert not endpoints(registry)
 
 
 @pytest.mark.parametrize("taken", ["m", "lora"])

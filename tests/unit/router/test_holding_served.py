@@ -109,3 +109,31 @@ async def test_an_engine_that_flaps_loses_nothing(router: Harness) -> None:
     assert {(await task).status for task in asked} == {200}
     assert len(engine.requests) == len(asked)
     assert not any(router.hub.counters.cells)
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nhost: router\r\n\r\n".encode()
+
+
+async def test_a_suspended_model_answers_at_once(router: Harness) -> None:
+    engine = await router.engine("r1")
+    table = {**_at_zero(engine), "adapters": ["tuned"]}
+    await router.table(table)
+    waiting = [asyncio.create_task(router.ask()) for _ in range(2)]
+    await until(lambda: router.worker.dispatcher.waiting.number == 2)
+    other = model("other", a=[engine])
+    await router.table({**table, "suspended": True}, other)
+    refused = [await task for task in waiting]
+    refused += [await router.ask(model=name) for name in ("m", "m:a", "tuned")]
+    for answer in refused:
+        assert (answer.status, answer.error["code"]) == (503, "model_suspended")
+        assert "is suspended" in answer.error["message"]
+        assert answer.headers["x-should-retry"] == "false"
+        assert "retry-after" not in answer.headers
+    assert router.worker.dispatcher.waiting.number == 0
+    listed = (await router.ask(get("/v1/models"))).json()["data"]
+    assert {entry["root"] for entry in listed} == {"other"}
+    assert (await router.ask(get("/v1/models/m"))).status == 503
+    assert (await router.ask(model="unknown")).status == 404
+    await router.table(_ready(table, engine, 1), other)
+    assert (await router.ask()).status == 200
