@@ -9,8 +9,9 @@ from typing import Final
 
 from modelfleet_operator.api import ModelDeployment
 from modelfleet_operator.planner import PlanResult, PoolView
+from modelfleet_operator.planner.inputs import Facts
 from modelfleet_operator.reconcile.observed import Observed
-from modelfleet_operator.reconcile.planning import Facts, PoolPlanner
+from modelfleet_operator.reconcile.planning import PoolPlanner
 
 _CHUNK: Final = 50
 """Up to how many ModelDeployments are planned without a thread."""

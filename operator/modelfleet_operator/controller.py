@@ -25,7 +25,7 @@ from modelfleet_operator.facts import FactsCache
 from modelfleet_operator.leadership import Leadership
 from modelfleet_operator.metrics import ERRORS, QUEUE, RECONCILES, STEP_SECONDS
 from modelfleet_operator.planner import PoolView
-from modelfleet_operator.planner.inputs import pool_view
+from modelfleet_operator.planner.inputs import pool_view, sources_of
 from modelfleet_operator.reconcile.applications import registry_application
 from modelfleet_operator.reconcile.calm import CalmTracker, needs
 from modelfleet_operator.reconcile.core import Decision, reconcile
@@ -139,9 +139,8 @@ class PoolController:
             self._keys_by_model.pop(before.model_name, None)
         self.deployments[deployment.key] = deployment
         self._keys_by_model[deployment.model_name] = deployment.key
-        for variant in deployment.spec.variants:
-            if deployment.needs_facts(variant):
-                self._keys_by_source.setdefault(deployment.source(variant), set()).add(deployment.key)
+        for source in sources_of(deployment):
+            self._keys_by_source.setdefault(source, set()).add(deployment.key)
         self._config.held.discard(deployment.key)
         self.routes.held.discard(deployment.key)
         self._leaving.discard(deployment.key)
@@ -352,8 +351,7 @@ class PoolController:
     async def _decide(self, dirty: set[str]) -> None:
         deployments = {key: d for key in dirty if (d := self.deployments.get(key))}
         observed = {key: self._observed(key) for key in deployments}
-        sources = {d.source(v) for d in deployments.values() for v in d.spec.variants if d.needs_facts(v)}
-        known = self.facts.get(sources)
+        known = self.facts.get({source for d in deployments.values() for source in sources_of(d)})
         dirty |= await self._planner.plan(deployments, known, observed) & self.deployments.keys()
         for number, key in enumerate(dirty & self.deployments.keys(), 1):
             self._decide_guarded(self.deployments[key])

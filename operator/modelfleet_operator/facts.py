@@ -1,4 +1,4 @@
-"""What checkpoints say of themselves, read in the background and kept: a slow hub delays nobody else."""
+"""What checkpoints and adapters say, read in the background and kept: a slow hub delays nobody else."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from modelfleet_operator.planner import ModelFacts, ModelUnavailable
+from modelfleet_operator.planner import AdapterFacts, ModelFacts, ModelUnavailable
 
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS: Final = 15.0
 LAST_RETRY_SECONDS: Final = 600.0
 AT_ONCE: Final = 4
-Known = ModelFacts | ModelUnavailable
+Known = ModelFacts | AdapterFacts | ModelUnavailable
 
 
 class FactsSource(Protocol):
-    """Reads what a checkpoint says of itself."""
+    """Reads what checkpoints and adapters say of themselves."""
 
     async def facts(self, source: str) -> Known:
-        """Facts of a source, or why there are none."""
+        """Facts of a model's source or of an adapter's key, or why there are none."""
         ...
 
 

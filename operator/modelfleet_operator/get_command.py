@@ -110,6 +110,8 @@ def _explain(console: Console, document: dict[str, Any]) -> None:
     for row in document.get("status", {}).get("variants", []):
         if row.get("message"):
             console.print(f"\n{row['name']}: {row['message']}", markup=False)
+        for note in row.get("plan", {}).get("notes") or []:
+            console.print(f"{row['name']}: note: {note}", markup=False)
         for rejection in row.get("rejections") or []:
             console.print(
                 f"{row['name']} not on {rejection['accelerator']}: {rejection['message']}", markup=False

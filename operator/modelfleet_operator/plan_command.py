@@ -21,6 +21,7 @@ from modelfleet_operator.plan_report import Row, render
 from modelfleet_operator.planner import (
     AcceleratorGroup,
     AcceleratorPreference,
+    AdapterFacts,
     ModelFacts,
     ModelUnavailable,
     NodeCapacity,
@@ -30,7 +31,7 @@ from modelfleet_operator.planner import (
     plan_variant,
 )
 from modelfleet_operator.planner.facts import CheckpointQuantization
-from modelfleet_operator.planner.inputs import pool_view, variant_request
+from modelfleet_operator.planner.inputs import Facts, pool_view, sources_of, variant_request
 from modelfleet_operator.planner.quantization import checkpoint_names
 from modelfleet_serving.contract import EngineSettings
 
@@ -124,9 +125,7 @@ async def _plan_files(
     if not deployments:
         where = ", ".join(str(path) for path in options.files)
         raise InvalidResourcesError([Problem(where, "", "holds no ModelDeployment to plan")])
-    facts = await _read(
-        hub, {d.source(v) for d in deployments for v in d.spec.variants if _needs_facts(d, v.name)}
-    )
+    facts = await _read(hub, {source for d in deployments for source in sources_of(d)})
     rows: list[Row] = []
     names = set()
     for pool_name in dict.fromkeys(d.spec.pool for d in deployments):
@@ -137,14 +136,10 @@ async def _plan_files(
     return rows, ", ".join(sorted(names)) or CATALOGUE
 
 
-def _plan_pool(
-    deployments: Sequence[ModelDeployment], view: PoolView, facts: Mapping[str, ModelFacts | ModelUnavailable]
-) -> list[Row]:
+def _plan_pool(deployments: Sequence[ModelDeployment], view: PoolView, facts: Facts) -> list[Row]:
     pairs = [(d, v) for d in deployments for v in d.spec.variants]
     requests = {
-        f"{d.key}/{v.name}": variant_request(
-            d, v, facts.get(d.source(v)), replicas=0 if d.spec.suspend else v.replicas.min
-        )
+        f"{d.key}/{v.name}": variant_request(d, v, facts, replicas=0 if d.spec.suspend else v.replicas.min)
         for d, v in pairs
     }
     results = plan_all(requests, view)
@@ -159,11 +154,6 @@ def _plan_pool(
         )
         for d, v in pairs
     ]
-
-
-def _needs_facts(deployment: ModelDeployment, variant: str) -> bool:
-    spec = next(v for v in deployment.spec.variants if v.name == variant)
-    return deployment.engine(spec).type != "Simulator"
 
 
 def _find_pool(pools: Mapping[str, ServingPool], name: str) -> ServingPool | None:
@@ -197,6 +187,7 @@ async def _compare(source: str, pools: Mapping[str, ServingPool], hub: ModelHub)
     pool = next(iter(pools.values()), None)
     view = pool_view(pool) if pool else catalogue_view(slices=False)
     found = (await _read(hub, {source}))[source]
+    assert not isinstance(found, AdapterFacts)  # noqa: S101  a model's source was asked for
     rows = []
     for quantization, facts in _quantizations(found):
         for group in view.groups:
@@ -237,7 +228,7 @@ def _quantizations(
     return [*same, *others]
 
 
-async def _read(hub: ModelHub, sources: set[str]) -> dict[str, ModelFacts | ModelUnavailable]:
+async def _read(hub: ModelHub, sources: set[str]) -> Facts:
     ordered = sorted(sources)
     answers = await asyncio.gather(*(hub.facts(source) for source in ordered))
     return dict(zip(ordered, answers, strict=True))

@@ -24,6 +24,7 @@ Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 
 LORAS_BY_DEFAULT: Final = 4
 LORA_RANK_BY_DEFAULT: Final = 16
+"""Before the adapters are known; the plan takes theirs."""
 _DTYPES: Final = {"BFloat16": "bfloat16", "Float16": "float16", "Float32": "float32"}
 _KV_DTYPES: Final = {"Auto": None, "FP8": "fp8", "FP8E4M3": "fp8_e4m3", "FP8E5M2": "fp8_e5m2"}
 _SWITCHES: Final = {"Enabled": True, "Disabled": False}
@@ -44,7 +45,7 @@ class LoraSpec(ApiModel):
     max_loras: Annotated[int, Field(ge=1, le=256)] | None = None
     """Adapters in one batch. Default: 4."""
     max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] | None = None
-    """Highest rank of an adapter. Default: 16."""
+    """Highest rank of an adapter. Default: the highest of `spec.adapters`, at least 16."""
     max_cpu_loras: PositiveInt | None = None
     """Adapters that are kept in host memory."""
 

@@ -48,6 +48,8 @@ class PlanStatus(StatusModel):
     """Context length that is served."""
     measured: bool | None = None
     """Whether the sizes are what the engine reported; otherwise they are calculated."""
+    notes: Annotated[list[Text], Field(max_length=96)] | None = None
+    """What to know of the plan, such as adapters whose rank can't be read."""
 
 
 class RejectionStatus(StatusModel):

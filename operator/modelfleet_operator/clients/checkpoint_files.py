@@ -175,8 +175,16 @@ def _store_errors(source: str) -> Iterator[None]:
 class HubFiles(CheckpointFiles):
     """A repository of the Hugging Face hub; what is in its local cache is read from there."""
 
-    def __init__(self, repository: str, revision: str | None, token: str | None, timeout: float) -> None:
+    def __init__(
+        self,
+        repository: str,
+        revision: str | None,
+        token: str | None,
+        timeout: float,
+        config: str = "config.json",
+    ) -> None:
         self.repository = repository
+        self.config = config
         self.asked_revision = revision
         self.token = token
         self.timeout = timeout
@@ -192,7 +200,7 @@ class HubFiles(CheckpointFiles):
         """The snapshot in the hub's local cache, if its config is there."""
         from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
 
-        found = try_to_load_from_cache(self.repository, "config.json", revision=self.asked_revision)
+        found = try_to_load_from_cache(self.repository, self.config, revision=self.asked_revision)
         return LocalFiles(Path(found).parent) if isinstance(found, str) else None
 
     @cached_property

@@ -1,5 +1,7 @@
 """Facts of a model's checkpoint, read without its weights: ``config.json`` and safetensors headers.
 
+Of a LoRA adapter ``adapter_config.json`` is read, in the format of PEFT.
+
 Sources are ``hf://org/name[@revision]``, ``s3://``, ``gs://``, ``file:///path``, and ``pvc://claim/path``
 where the claim is mounted. Everything that can go wrong becomes a :class:`ModelUnavailable` with one reason.
 """
@@ -26,6 +28,7 @@ from modelfleet_operator.clients.checkpoint_files import (
     ObjectStoreFiles,
 )
 from modelfleet_operator.clients.tensor_bytes import tensor_bytes
+from modelfleet_operator.planner.adapters import AdapterFacts, adapter_source
 from modelfleet_operator.planner.config import facts_from_config
 from modelfleet_operator.planner.facts import ModelFacts, ModelUnavailable
 from modelfleet_operator.planner.fields import BrokenConfigError
@@ -40,6 +43,10 @@ _OTHERS: Final = {
     "params.json": "in Mistral's own format: use the files that the publisher converted for Transformers",
 }
 """What a file without a config.json beside it says, by the end of its name."""
+MODEL_CONFIG: Final = "config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+MAX_RANK: Final = 65536
+"""More is no rank of a matrix."""
 PVC_ROOT_VARIABLE: Final = "MODELFLEET_PVC_ROOT"
 PVC_ROOT: Final = "/mnt/models"
 """Where pods mount claims, as the replicas look for them."""
@@ -70,20 +77,25 @@ class ModelHub:
     token: str | None = field(default=None, repr=False)
     timeout_seconds: float = READ_TIMEOUT_SECONDS
 
-    async def facts(self, source: str) -> ModelFacts | ModelUnavailable:
-        """Facts of a source, or the one reason why there are none."""
+    async def facts(self, source: str) -> ModelFacts | AdapterFacts | ModelUnavailable:
+        """Facts of a model's source or of an adapter's key, or the one reason why there are none."""
+        adapter = adapter_source(source)
         try:
             async with asyncio.timeout(self.timeout_seconds):
+                if adapter is not None:
+                    return await asyncio.to_thread(self.read_adapter, adapter)
                 return await asyncio.to_thread(self.read, source)
         except TimeoutError:
             return ModelUnavailable(
-                "Unreachable", f"{source} did not answer within {self.timeout_seconds:g} s", retryable=True
+                "Unreachable",
+                f"{adapter or source} did not answer within {self.timeout_seconds:g} s",
+                retryable=True,
             )
 
     def read(self, source: str) -> ModelFacts | ModelUnavailable:
-        """Like :meth:`facts`, blocking."""
+        """Facts of a model, blocking."""
         try:
-            files = self._files(source)
+            files = self._files(source, MODEL_CONFIG)
             cached = self._cached(files)
             if cached is None:
                 cached = _read_checkpoint(files)
@@ -95,11 +107,23 @@ class ModelHub:
         except BrokenConfigError as error:
             return ModelUnavailable("BrokenConfig", f"{source}: {error}")
 
-    def _files(self, source: str) -> CheckpointFiles:
+    def read_adapter(self, source: str) -> AdapterFacts | ModelUnavailable:
+        """Facts of a LoRA adapter, blocking."""
+        try:
+            data = self._files(source, ADAPTER_CONFIG).read(ADAPTER_CONFIG, MAX_CONFIG_BYTES)
+            return AdapterFacts(_rank_of(_parse_config(data, ADAPTER_CONFIG)))
+        except CheckpointError as error:
+            return ModelUnavailable(error.reason, str(error), error.retryable)
+        except BrokenConfigError as error:
+            return ModelUnavailable("BrokenConfig", f"{source}: {error}")
+
+    def _files(self, source: str, config: str) -> CheckpointFiles:
         scheme, _, rest = source.partition("://")
         if scheme == "hf":
             repository, _, revision = rest.partition("@")
-            return HubFiles(repository.strip("/"), revision or None, self.token, self.timeout_seconds / 3)
+            return HubFiles(
+                repository.strip("/"), revision or None, self.token, self.timeout_seconds / 3, config
+            )
         if scheme == "file":
             return LocalFiles(Path(rest))
         if scheme == "pvc":
@@ -110,7 +134,7 @@ class ModelHub:
             if not directory.is_dir():
                 raise CheckpointError(
                     "SourceNotMounted",
-                    f"{source}: {directory} is not mounted, so the checkpoint's config.json can't be read",
+                    f"{source}: {directory} is not mounted, so its {config} can't be read",
                     retryable=True,
                 )
             return LocalFiles(directory / path)
@@ -153,7 +177,7 @@ class ModelHub:
 def _read_checkpoint(files: CheckpointFiles) -> dict[str, Any]:
     """Config and tensor bytes as they are cached."""
     try:
-        config = _parse_config(files.read("config.json", MAX_CONFIG_BYTES))
+        config = _parse_config(files.read(MODEL_CONFIG, MAX_CONFIG_BYTES))
     except CheckpointError as error:
         if error.reason != "NotFound" or not (what := _what_else(files)):
             raise
@@ -174,14 +198,26 @@ def _what_else(files: CheckpointFiles) -> str:
     return f"it is {found}" if found else ""
 
 
-def _parse_config(data: bytes) -> dict[str, Any]:
+def _parse_config(data: bytes, name: str = MODEL_CONFIG) -> dict[str, Any]:
     try:
         loaded = json.loads(data)
     except ValueError as error:
-        raise BrokenConfigError(f"config.json is not JSON: {error}") from error
+        raise BrokenConfigError(f"{name} is not JSON: {error}") from error
     if not isinstance(loaded, dict):
-        raise BrokenConfigError("config.json is not an object")
+        raise BrokenConfigError(f"{name} is not an object")
     return loaded
+
+
+def _rank_of(config: Mapping[str, Any]) -> int:
+    """The highest rank of an adapter: PEFT's ``r``, and what ``rank_pattern`` gives some modules instead."""
+    pattern = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    highest = 0
+    for rank in ranks:
+        if type(rank) is not int or not 0 < rank <= MAX_RANK:
+            raise BrokenConfigError(f"{ADAPTER_CONFIG} has no LoRA rank: {str(rank)[:40]}")
+        highest = max(highest, rank)
+    return highest
 
 
 def _facts(source: str, files: CheckpointFiles, checkpoint: Mapping[str, Any]) -> ModelFacts:

@@ -4,6 +4,7 @@ Nothing here does I/O, knows the time or depends on chance: the same input gives
 :func:`plan_all`; the types are in :mod:`.types`.
 """
 
+from modelfleet_operator.planner.adapters import AdapterFacts
 from modelfleet_operator.planner.facts import ModelFacts, ModelUnavailable
 from modelfleet_operator.planner.placement import plan_all, plan_variant
 from modelfleet_operator.planner.types import (
@@ -21,6 +22,7 @@ from modelfleet_operator.planner.types import (
 __all__ = [
     "AcceleratorGroup",
     "AcceleratorPreference",
+    "AdapterFacts",
     "Measurement",
     "ModelFacts",
     "ModelUnavailable",

@@ -157,7 +157,7 @@ class Fit:
             spot=self.group.spot,
             settings=decided | applied,
             memory=foot,
-            notes=(*self.verdict.notes, *self._multimodal_notes(context)),
+            notes=(*self.verdict.notes, *self._multimodal_notes(context), *self.request.notes),
         )
         return Sized(plan, demand)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import msgspec
+
 from modelfleet_operator.api.base import quantity_value
 from modelfleet_operator.api.model_deployment import ModelDeployment, Variant
 from modelfleet_operator.api.serving_pool import AcceleratorGroup as PoolGroup
 from modelfleet_operator.api.serving_pool import ServingPool
+from modelfleet_operator.planner.adapters import AdapterFacts, RankChoice, adapter_key, choose_rank
 from modelfleet_operator.planner.facts import ModelFacts, ModelUnavailable
 from modelfleet_operator.planner.types import (
     AcceleratorGroup,
@@ -15,38 +20,69 @@ from modelfleet_operator.planner.types import (
     PoolView,
     VariantRequest,
 )
-from modelfleet_serving.contract import Task
+from modelfleet_serving.contract import Adapter, Task
+
+Facts = Mapping[str, ModelFacts | AdapterFacts | ModelUnavailable]
+"""Of models by their source, of adapters by :func:`adapter_key`; what is not read yet is missing."""
+
+
+def sources_of(deployment: ModelDeployment) -> set[str]:
+    """Keys of the facts that the plans of a ModelDeployment depend on."""
+    planned = [v for v in deployment.spec.variants if deployment.needs_facts(v)]
+    models = {deployment.source(v) for v in planned}
+    return models | {adapter_key(a.source) for a in deployment.spec.adapters if planned}
 
 
 def variant_request(
     deployment: ModelDeployment,
     variant: Variant,
-    facts: ModelFacts | ModelUnavailable | None,
+    facts: Facts,
     *,
     replicas: int | None = None,
     current: str | None = None,
+    lora_rank: int | None = None,
 ) -> VariantRequest:
     """The request of one variant.
 
     Args:
         deployment: the resource.
         variant: one of its variants.
-        facts: of the variant's checkpoint.
+        facts: what is known of checkpoints and adapters.
         replicas: to hold now; default the variant's minimum.
         current: accelerator that it runs on.
+        lora_rank: that it runs with.
     """
     spec = deployment.spec
+    engine = deployment.engine(variant).settings(adapters=bool(spec.adapters))
+    found = facts.get(deployment.source(variant)) if deployment.needs_facts(variant) else None
+    model = None if isinstance(found, AdapterFacts) else found
+    notes: tuple[str, ...] = ()
+    if engine.lora is not None and deployment.needs_facts(variant):
+        choice = _rank(deployment, variant, facts, lora_rank)
+        engine = msgspec.structs.replace(
+            engine, lora=msgspec.structs.replace(engine.lora, max_rank=choice.rank)
+        )
+        notes = choice.notes
+        if choice.unread and lora_rank is None:
+            model = None  # an engine that is started before they are known might have to be started again
     return VariantRequest(
-        model=facts,
+        model=model,
         quantization=variant.quantization,
-        engine=deployment.engine(variant).settings(adapters=bool(spec.adapters)),
+        engine=engine,
         accelerators=tuple(AcceleratorPreference(a.type, a.count) for a in variant.accelerators),
         replicas=variant.replicas.min if replicas is None else replicas,
         task=Task(spec.model.task),
         adapters=len(spec.adapters),
+        notes=notes,
         current=current,
         measurements=_measurements(deployment, variant.name),
     )
+
+
+def _rank(deployment: ModelDeployment, variant: Variant, facts: Facts, running: int | None) -> RankChoice:
+    lora = deployment.engine(variant).lora
+    adapters = [Adapter(name=a.name, source=a.source) for a in deployment.spec.adapters]
+    return choose_rank(adapters, facts, asked=lora.max_rank if lora else None, running=running)
 
 
 def _measurements(deployment: ModelDeployment, variant: str) -> tuple[Measurement, ...]:

@@ -12,8 +12,9 @@ import msgspec
 from modelfleet_operator.catalog.accelerators import accelerator
 from modelfleet_operator.planner.capacity import GroupCapacity
 from modelfleet_operator.planner.facts import AttentionKind, ModelFacts, ModelUnavailable
-from modelfleet_operator.planner.sizing import SIMULATOR, pack_variant, size_variant
+from modelfleet_operator.planner.sizing import pack_variant, size_variant
 from modelfleet_operator.planner.types import (
+    SIMULATOR,
     AcceleratorGroup,
     AcceleratorPreference,
     PlanResult,
@@ -74,6 +75,7 @@ def _alike(request: VariantRequest) -> tuple[object, ...]:
         msgspec.json.encode(request.engine),
         request.task,
         request.adapters,
+        request.notes,
         request.min_tokens,
         request.measurements,
     )

@@ -15,6 +15,7 @@ from modelfleet_operator.planner.legality import judge
 from modelfleet_operator.planner.on_cpu import size_on_cpu
 from modelfleet_operator.planner.on_gpus import SMALL_FRACTION, rounded_percent, size_on_gpus
 from modelfleet_operator.planner.types import (
+    SIMULATOR,
     AcceleratorGroup,
     AcceleratorPreference,
     Rejection,
@@ -25,7 +26,6 @@ from modelfleet_operator.planner.types import (
 from modelfleet_operator.planner.unseen import Sized, simulated, unseen
 from modelfleet_serving.contract import EngineSettings
 
-SIMULATOR = "Simulator"
 PACKED_SEQUENCES = 4
 """Sequences of the full context that a share of a GPU must hold, where the planner chooses it."""
 

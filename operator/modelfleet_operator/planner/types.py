@@ -12,6 +12,8 @@ from modelfleet_serving.contract import EngineSettings, ReplicaResources, Task
 
 GIB: Final = 2**30
 
+SIMULATOR: Final = "Simulator"
+
 
 class Rule(enum.StrEnum):
     """Why an accelerator or a whole variant is refused. Stable words: they stand in status."""
@@ -87,6 +89,7 @@ class VariantRequest:
         accelerators: in order of preference; empty means any of the pool, the cheapest first.
         replicas: replicas to hold now. 0 asks whether one could run, and reserves nothing.
         adapters: LoRA adapters that are served beside the model.
+        notes: what its user should know however it is planned.
         current: accelerator type that it runs on now: kept as long as the variant still fits there.
         measurements: what engines of this variant reported before, with the same settings.
         min_tokens: KV cache tokens to have at least; default one sequence of the context asked for.
@@ -99,9 +102,15 @@ class VariantRequest:
     replicas: int = 1
     task: Task = Task.GENERATE
     adapters: int = 0
+    notes: tuple[str, ...] = ()
     current: str | None = None
     measurements: tuple[Measurement, ...] = ()
     min_tokens: int | None = None
+
+    @property
+    def reading(self) -> bool:
+        """Whether there is no answer yet, because its checkpoint or its adapters are being read."""
+        return self.model is None and self.engine.type != SIMULATOR
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ def _told(
         engine=request.engine,
         resources=resources_of(group, known, cpus, gpus),
         spot=group.spot,
-        notes=(note,),
+        notes=(note, *request.notes),
     )
     return Sized(plan, Demand(gpus / stages, cpus, 0.0, stages))
 

@@ -126,10 +126,11 @@ def revision(deployment: ModelDeployment, variant: Variant, plan: VariantPlan) -
 
     It holds what the user wrote and where the plan put it, not the numbers that the plan worked out: a
     measurement or a newer release that reckons otherwise must not restart an engine that runs. Of the
-    adapters it holds whether there are any: an engine with LoRA loads others while it runs.
+    adapters it holds whether there are any, and a rank above the default: an engine with LoRA loads others
+    while it runs, up to the rank that it was started for.
     """
     engine = deployment.engine(variant).settings(adapters=bool(deployment.spec.adapters))
-    content = {
+    content: dict[str, object] = {
         "model": deployment.model_name,
         "task": deployment.spec.model.task,
         "source": deployment.source(variant),
@@ -139,6 +140,9 @@ def revision(deployment: ModelDeployment, variant: Variant, plan: VariantPlan) -
         "parallel": [plan.tensor_parallel_size, plan.pipeline_parallel_size],
         "dtype": plan.dtype,
     }
+    lora = plan.engine.lora
+    if engine.lora is not None and lora is not None and lora.max_rank != engine.lora.max_rank:
+        content["loraRank"] = lora.max_rank
     return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:REVISION_LENGTH]
 
 

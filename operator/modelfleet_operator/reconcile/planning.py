@@ -14,8 +14,6 @@ from functools import cache
 
 from modelfleet_operator.api import ModelDeployment, Variant
 from modelfleet_operator.planner import (
-    ModelFacts,
-    ModelUnavailable,
     PlanResult,
     PoolView,
     VariantPlan,
@@ -23,13 +21,12 @@ from modelfleet_operator.planner import (
     plan_all,
 )
 from modelfleet_operator.planner.capacity import Demand, GroupCapacity
-from modelfleet_operator.planner.inputs import variant_request
+from modelfleet_operator.planner.inputs import Facts, variant_request
 from modelfleet_operator.planner.types import AcceleratorGroup, AcceleratorPreference, NodeCapacity
 from modelfleet_operator.reconcile.applications import ApplicationState, args_of, revision
 from modelfleet_operator.reconcile.core import replicas_of
 from modelfleet_operator.reconcile.observed import Observed
 
-Facts = Mapping[str, ModelFacts | ModelUnavailable]
 Key = tuple[str, str]
 """ModelDeployment and variant."""
 
@@ -138,8 +135,9 @@ class PoolPlanner:
         return [*self._held.values(), *(held for holds in self._leaving.values() for held in holds.values())]
 
     def _ask(self, asked: dict[Key, VariantRequest]) -> set[str]:
-        for pair in asked:
-            if self._held.pop(pair, None) is not None:
+        for pair, request in asked.items():
+            # What runs keeps its place while something more is read of it.
+            if not request.reading and self._held.pop(pair, None) is not None:
                 self._freed = True
         again = set(self._waiting) if self._freed or self._moved else set()
         if self._moved:
@@ -148,8 +146,9 @@ class PoolPlanner:
         self._freed = self._moved = False
         if not asked:
             return set()
-        for pair in asked:
-            self._held.pop(pair, None)
+        for pair, request in asked.items():
+            if not request.reading:
+                self._held.pop(pair, None)
         # What runs is placed before what waits, by the planner itself.
         answers = _plan(asked, less(self._view, self._all_held()))
         changed = set()
@@ -256,10 +255,18 @@ def _request(
     return variant_request(
         deployment,
         variant,
-        facts.get(deployment.source(variant)) if deployment.needs_facts(variant) else None,
+        facts,
         replicas=replicas_of(deployment, variant, observed),
         current=_accelerator_in_use(variant.name, observed),
+        lora_rank=_lora_rank_in_use(variant.name, observed),
     )
+
+
+def _lora_rank_in_use(variant: str, observed: Observed) -> int | None:
+    """The highest rank that an engine of the variant has slots for."""
+    running = (seen.application for seen in observed.revisions(variant).values())
+    started = (args_of(state) for state in running if state and not state.deleting)
+    return max((a.engine.lora.max_rank for a in started if a and a.engine.lora), default=None)
 
 
 def _accelerator_in_use(variant: str, observed: Observed) -> str | None:

@@ -93,6 +93,7 @@ def _plan_status(plan: VariantPlan) -> PlanStatus:
         kv_cache_tokens=plan.kv_cache_tokens,
         max_model_len=plan.max_model_len,
         measured=plan.measured is not None or None,
+        notes=[note[:_MAX_MESSAGE] for note in plan.notes] or None,
     )
 
 

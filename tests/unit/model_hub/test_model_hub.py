@@ -16,8 +16,10 @@ from tests.unit.planner.measured import config
 
 from modelfleet_operator.clients.checkpoint_files import CheckpointError, HubFiles, hub_problem
 from modelfleet_operator.clients.model_hub import ModelHub, with_class_defaults
-from modelfleet_operator.planner import ModelFacts, ModelUnavailable
+from modelfleet_operator.planner import AdapterFacts, ModelFacts, ModelUnavailable
+from modelfleet_operator.planner.adapters import adapter_key
 
+ADAPTER_FILES = ("adapter_config.json",)
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -61,7 +63,7 @@ def facts(found: ModelFacts | ModelUnavailable) -> ModelFacts:
     return found
 
 
-def unavailable(found: ModelFacts | ModelUnavailable) -> ModelUnavailable:
+def unavailable(found: ModelFacts | AdapterFacts | ModelUnavailable) -> ModelUnavailable:
     assert isinstance(found, ModelUnavailable), found
     assert found.message
     assert "\n" not in found.message
@@ -255,6 +257,72 @@ async def test_a_hub_that_does_not_answer(hub: ModelHub, monkeypatch: pytest.Mon
     found = unavailable(await hub.facts("hf://org/slow"))
     release.set()
     assert (found.reason, found.retryable) == ("Unreachable", True)
+
+
+ADAPTER = {"peft_type": "LORA", "r": 32, "lora_alpha": 64, "rank_pattern": {}}
+
+
+def adapter(directory: Path, **fields: Any) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(ADAPTER | fields))
+    return directory
+
+
+class TestAdapters:
+    async def test_a_directory_and_a_mounted_claim(self, hub: ModelHub, tmp_path: Path) -> None:
+        directory = adapter(tmp_path / "claims" / "loras" / "x")
+        for source in (f"file://{directory}", "pvc://loras/x"):
+            assert await hub.facts(adapter_key(source)) == AdapterFacts(32)
+        missing = unavailable(await hub.facts(adapter_key("pvc://other/x")))
+        assert (missing.reason, "its adapter_config.json" in missing.message) == ("SourceNotMounted", True)
+
+    def test_a_module_of_a_higher_rank_counts(self, hub: ModelHub, tmp_path: Path) -> None:
+        directory = adapter(tmp_path / "a", rank_pattern={"q_proj": 128, "v_proj": 8})
+        assert hub.read_adapter(f"file://{directory}") == AdapterFacts(128)
+
+    def test_an_object_store(self, hub: ModelHub, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = {"loras/x/adapter_config.json": json.dumps(ADAPTER).encode(), "loras/x/w": bytes(100_000)}
+        with ObjectStore(files) as store:
+            set_environment(monkeypatch, store.environment())
+            assert hub.read_adapter("s3://bucket/loras/x") == AdapterFacts(32)
+            assert store.bytes_sent < 2000, "no weights"
+
+    def test_the_hub_and_its_cache(
+        self, hub: ModelHub, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = json.dumps(ADAPTER).encode()
+        monkeypatch.setattr(
+            _Hub, "files", {"adapter_config.json": data, "adapter_model.safetensors": b"x" * 9}
+        )
+        assert hub.read_adapter("hf://org/tiny") == AdapterFacts(32)
+        cached = adapter(tmp_path / "snapshots" / "abc", r=8)
+        monkeypatch.setattr(
+            "huggingface_hub.try_to_load_from_cache",
+            lambda repository, name, revision: str(cached / name) if name in ADAPTER_FILES else None,
+        )
+        assert hub.read_adapter("hf://down/model") == AdapterFacts(8), "what is here needs no hub"
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ("{", "adapter_config.json is not JSON"),
+            ('{"peft_type": "IA3"}', "has no LoRA rank: None"),
+            ('{"r": "16"}', "has no LoRA rank: 16"),
+            ('{"r": true}', "has no LoRA rank"),
+            ('{"r": 0}', "has no LoRA rank: 0"),
+            ('{"r": 8, "rank_pattern": {"q": -1}}', "has no LoRA rank: -1"),
+            ('{"r": 8, "rank_pattern": 3.5}', "has no LoRA rank: 3.5"),
+        ],
+    )
+    def test_what_names_no_rank(self, hub: ModelHub, tmp_path: Path, config: str, words: str) -> None:
+        (tmp_path / "adapter_config.json").write_text(config)
+        found = unavailable(hub.read_adapter(f"file://{tmp_path}"))
+        assert found.reason == "BrokenConfig"
+        assert words in found.message
+
+    def test_a_whole_model_is_no_adapter(self, hub: ModelHub, tmp_path: Path) -> None:
+        found = unavailable(hub.read_adapter(f"file://{checkpoint(tmp_path / 'm')}"))
+        assert "has no adapter_config.json" in found.message
 
 
 def test_other_errors_become_one_reason() -> None:

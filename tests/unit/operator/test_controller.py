@@ -16,8 +16,9 @@ from modelfleet_operator.api import ModelDeployment
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
 from modelfleet_operator.controller import PoolController
-from modelfleet_operator.facts import FactsCache, Known
-from modelfleet_operator.planner import ModelUnavailable
+from modelfleet_operator.facts import FactsCache, FactsSource, Known
+from modelfleet_operator.planner import AdapterFacts, ModelUnavailable
+from modelfleet_operator.planner.adapters import adapter_source
 from modelfleet_operator.reconcile.applications import ApplicationState
 from modelfleet_operator.reconcile.core import reconcile
 from modelfleet_operator.reports import Report
@@ -82,10 +83,23 @@ class NoHub:
         return ModelUnavailable("NotFound", source, retryable=False)
 
 
+class AdapterHub:
+    """Knows no model's facts, and an adapter's once it is told to."""
+
+    def __init__(self) -> None:
+        self.known = asyncio.Event()
+
+    async def facts(self, source: str) -> Known:
+        if adapter_source(source) is None:
+            return ModelUnavailable("SourceNotMounted", source, retryable=False, unseen=True)
+        await self.known.wait()
+        return AdapterFacts(64)
+
+
 class World:
     """A controller and what it works on."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
+    def __init__(self, session: aiohttp.ClientSession, hub: FactsSource | None = None) -> None:
         self.ray, self.registry = Ray(session), Registry(session)
         groups = {"type": "A10", "gpusPerNode": 8, "maxNodes": 100}
         self.controller = PoolController(
@@ -93,7 +107,7 @@ class World:
             ray=self.ray,
             registry=self.registry,
             registry_address="http://registry.invalid",
-            facts=FactsCache(NoHub()),
+            facts=FactsCache(hub or NoHub()),
             report=self._report,
         )
         self.reports: list[Report] = []
@@ -234,3 +248,36 @@ async def test_a_weight_does_not_wait_for_a_slow_put() -> None:
         assert not any(".m2." in name for name in world.ray.running)
         await world.controller.step()
         assert any(".m2." in name for name in world.ray.running)
+
+
+async def test_an_engine_waits_for_the_rank_of_its_adapters_once() -> None:
+    """Started before it is known, it might have to be started again; running, it waits for no other's."""
+    async with aiohttp.ClientSession() as session:
+        hub = AdapterHub()
+        world = World(session, hub)
+        variants = [{"name": "a", "accelerators": [{"type": "A10"}]}]
+        fields: dict[str, Any] = {"engine": {"type": "vLLM"}, "variants": variants}
+        adapters = [{"name": "one", "source": "hf://o/one"}]
+        world.controller.put(deployment("m0", **fields, adapters=adapters))
+        await world.controller.step()
+        assert not world.ray.running
+        hub.known.set()
+        await settled(world)
+        (before,) = world.ray.running
+        assert world.ray.running[before]["args"]["engine"]["lora"]["maxRank"] == 64
+        hub.known.clear()
+        adapters.append({"name": "two", "source": "hf://o/two"})
+        world.controller.put(deployment("m0", **fields, adapters=adapters))
+        await settled(world)
+        assert world.ray.running.keys() == {before}, "the same engine"
+        (config,) = world.ray.running[before]["deployments"]
+        assert [a["name"] for a in config["user_config"]["adapters"]] == ["one", "two"]
+        await world.controller.facts.close()
+
+
+async def settled(world: World) -> None:
+    """Steps, with time for what is read in the background."""
+    for _ in range(4):
+        await asyncio.sleep(0.01)
+        world.controller.wake()
+        await world.controller.step()
