@@ -173,6 +173,10 @@ class PoolController:
         self._leaving.add(key)
         self._mark({key})
 
+    def serves(self, key: str) -> bool | None:
+        """Whether replicas of a ModelDeployment answer requests here; ``None`` while nobody can say."""
+        return None if self.sight.blind else self.sight.ready(key)
+
     def set_pool(self, pool: ServingPool) -> None:
         """Take over what the administrator changed."""
         if pool.spec != self.pool.spec:

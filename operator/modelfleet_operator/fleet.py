@@ -27,6 +27,7 @@ from modelfleet_operator.metrics import CONDITIONS, ERRORS
 from modelfleet_operator.pool_access import dashboard_of
 from modelfleet_operator.pools import PoolRunner, Tools
 from modelfleet_operator.reconcile.claims import Claims
+from modelfleet_operator.reconcile.moving import is_ready, said_while_moving
 from modelfleet_operator.reports import Report
 from modelfleet_operator.seen import SeenDeployment, SeenPool, address_of, is_same, is_stale, key_of
 from modelfleet_operator.statuses import (
@@ -107,6 +108,7 @@ class Fleet:
             for runner in self.runners:
                 if runner.failed is not None:
                     raise runner.failed
+            self._follow_moves()
             self._count_conditions()
             if loop.time() < due:
                 continue
@@ -182,7 +184,11 @@ class Fleet:
         pool = self._pool_of(entry)
         runner = pool.runner if pool else None
         if entry.runner is not None and entry.runner is not runner:
-            self._take_out(key, entry)
+            self._move_out(key, entry, entry.runner)
+        if not self.synced:
+            self._recall(key, entry, runner)
+        if runner is not None:
+            entry.former.pop(runner.pool.key, None)
         entry.runner = runner
         if entry.problems:
             if runner is not None:
@@ -218,10 +224,8 @@ class Fleet:
                 return pool
         return None
 
-    def _take_out(self, key: str, entry: SeenDeployment) -> None:
-        runner = entry.runner
-        if runner is None:
-            return
+    def _take_out(self, key: str, runner: PoolRunner) -> None:
+        """Want a ModelDeployment no longer in a pool."""
         runner.remove(key)
         runner.leave(key)
         claims = self._claims.get(runner.pool.key)
@@ -235,19 +239,74 @@ class Fleet:
         if entry is None or (uid is not None and entry.body["metadata"]["uid"] != uid):
             return
         del self._deployments[key]
-        self._take_out(key, entry)
+        for runner in _runners_of(entry):
+            self._take_out(key, runner)
         entry.gone.set()
         self.tools.writer.forget(address_of(MODEL_DEPLOYMENT, key))
 
+    # --- Moves from pool to pool ---
+
+    def _move_out(self, key: str, entry: SeenDeployment, old: PoolRunner) -> None:
+        """Leave a pool: at once where clients would miss nothing, else when the next pool serves."""
+        entry.told = None
+        at_once = entry.parsed is not None and entry.parsed.spec.rollout.strategy == "Recreate"
+        if at_once or old.controller.serves(key) is False:
+            self._take_out(key, old)
+        else:
+            entry.former[old.pool.key] = old
+
+    def _recall(self, key: str, entry: SeenDeployment, runner: PoolRunner | None) -> None:
+        """Go on with a move that was under way when the operator ended: the pool before stays as it is."""
+        before = self._pools.get(entry.served_by)
+        if before is None or before.runner is None or before.runner is runner:
+            return
+        before.runner.hold(key)
+        entry.former[entry.served_by] = before.runner
+
+    def _end_move(self, key: str, entry: SeenDeployment) -> None:
+        """Let pools drain that are not needed any more: the new one serves, or they do no longer."""
+        if entry.runner is None:
+            return  # there is no next pool yet
+        arrived = entry.told is not None and is_ready(entry.told.findings)
+        for name, old in list(entry.former.items()):
+            if arrived or old.controller.serves(key) is False:
+                del entry.former[name]
+                self._take_out(key, old)
+
+    def _follow_moves(self) -> None:
+        """Look whether pools before still serve: one that only holds what runs reports nothing of it."""
+        for key, entry in list(self._deployments.items()):
+            if entry.former and not entry.problems and not entry.deleting:
+                self._end_move(key, entry)
+                self._tell(key, entry)
+
     # --- Statuses of ModelDeployments ---
 
-    def report(self, reports: list[Report]) -> None:
+    def report(self, runner: PoolRunner, reports: list[Report]) -> None:
         """Write down what a pool's controller says of its ModelDeployments."""
         for report in reports:
-            entry = self._deployments.get(report.deployment.key)
-            if entry is not None and not entry.problems:
-                rows = report.decision.variants if report.decision else ()
-                set_deployment_status(self.tools.writer, report.deployment, rows, report.findings)
+            key = report.deployment.key
+            entry = self._deployments.get(key)
+            if entry is None or entry.problems:
+                continue
+            if runner is entry.runner:
+                entry.told = report
+            elif runner.pool.key not in entry.former:
+                continue
+            self._end_move(key, entry)
+            self._tell(key, entry)
+
+    def _tell(self, key: str, entry: SeenDeployment) -> None:
+        report, runner = entry.told, entry.runner
+        if report is None or runner is None:
+            return
+        findings, serving = report.findings, runner.pool.key
+        if entry.former:
+            serving = next(iter(entry.former))
+            answers = {name: old.controller.serves(key) for name, old in entry.former.items()}
+            findings = said_while_moving(findings, answers, runner.pool.key)
+        rows = report.decision.variants if report.decision else ()
+        set_deployment_status(self.tools.writer, report.deployment, rows, findings, serving)
 
     def _refuse_without_pool(self, entry: SeenDeployment, pool: SeenPool | None) -> None:
         if pool is not None:
@@ -256,6 +315,8 @@ class Fleet:
             return
         where = " or ".join(dict.fromkeys((entry.namespace, self.tools.settings.namespace)))
         missing = f"no ServingPool {entry.pool_name} in {where}"
+        if entry.former:
+            missing += f"; what runs in {', '.join(entry.former)} goes on"
         refuse_deployment(self.tools.writer, entry, "PoolNotFound", missing)
 
     # --- Deletion of ModelDeployments ---
@@ -267,20 +328,30 @@ class Fleet:
         pool = self._pool_of(entry)
         if entry.runner is None and pool is not None:
             entry.runner = pool.runner
-        runner = entry.runner
-        if runner is not None:
+        if not self.synced:
+            self._recall(key, entry, entry.runner)
+        if entry.runner is None and entry.former:
+            entry.runner = entry.former.pop(next(iter(entry.former)))
+        for runner in _runners_of(entry):
             runner.use(key)  # the pool stays until nothing of it runs there
             runner.remove(key)
+            entry.draining.add(runner.pool.key)
             claims = self._claims.get(runner.pool.key)
             for affected in claims.remove(key) if claims is not None else ():
                 assert claims is not None  # noqa: S101  see the loop
                 self._accept(affected, runner, claims)
         entry.leaving = self._spawn(leave(key, entry, self.tools, lambda: self.runners), f"leave {key}")
 
-    def on_gone(self, key: str) -> None:
-        """Nothing of a removed ModelDeployment is left in its pool."""
+    def on_gone(self, runner: PoolRunner, key: str) -> None:
+        """Nothing of a removed ModelDeployment is left in a pool."""
         entry = self._deployments.get(key)
-        if entry is not None and entry.leaving is not None:
+        if entry is None or entry.leaving is None:
+            return
+        entry.draining.discard(runner.pool.key)
+        if runner is not entry.runner:
+            runner.leave(key)
+            self._release_unused(self._pools.get(runner.pool.key))
+        if not entry.draining:
             entry.gone.set()
 
     # --- ServingPools ---
@@ -366,6 +437,8 @@ class Fleet:
             for entry in self._deployments.values():
                 if entry.runner is runner:
                     entry.runner = None
+                entry.former.pop(runner.pool.key, None)
+                entry.draining.discard(runner.pool.key)
             self._spawn(runner.stop(), f"stop {runner.pool.key}")
 
     def _place_all(self, key: str) -> None:
@@ -410,6 +483,11 @@ class Fleet:
             for key in keys:
                 for condition in self.tools.writer.status_of(address_of(kind, key)).get("conditions", ()):
                     CONDITIONS.labels(kind.kind, condition["type"], condition["status"]).inc()
+
+
+def _runners_of(entry: SeenDeployment) -> list[PoolRunner]:
+    """Pools at work that something of a ModelDeployment runs in."""
+    return [*([entry.runner] if entry.runner else []), *entry.former.values()]
 
 
 def _seniority(pool: ServingPool) -> tuple[str, str]:

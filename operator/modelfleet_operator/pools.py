@@ -88,15 +88,15 @@ class PoolRunner:
     Attributes:
         pool: the resource.
         tools: shared by all pools.
-        report: called with the ModelDeployments whose state changed.
-        on_gone: called with each removed ModelDeployment once nothing of it is left.
+        report: called with this pool and the ModelDeployments whose state changed.
+        on_gone: called with this pool and each removed ModelDeployment once nothing of it is left.
         users: ModelDeployments in this pool.
     """
 
     pool: ServingPool
     tools: Tools
-    report: Callable[[list[Report]], None]
-    on_gone: Callable[[str], None]
+    report: Callable[[PoolRunner, list[Report]], None]
+    on_gone: Callable[[PoolRunner, str], None]
     users: set[str] = field(default_factory=set)
     controller: PoolController = field(init=False)
     _token: str | None = None
@@ -128,7 +128,7 @@ class PoolRunner:
             serve_registry={"host": "0.0.0.0", "port": REGISTRY_PORT}  # noqa: S104  a pod's port
             if managed or ray.registry is None
             else None,
-            on_gone=self.on_gone,
+            on_gone=lambda key: self.on_gone(self, key),
             on_change=self._changed.set,
             leadership=self.tools.leadership,
         )
@@ -318,7 +318,7 @@ class PoolRunner:
     # --- What people read ---
 
     async def _reported(self, reports: list[Report]) -> None:
-        self.report(reports)
+        self.report(self, reports)
         self._changed.set()
 
     async def _keep_status(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from modelfleet_operator.api import ModelDeployment, ServingPool
 from modelfleet_operator.clients.kube import Kind, Object
 from modelfleet_operator.pools import PoolRunner
+from modelfleet_operator.reports import Report
 from modelfleet_operator.writer import Address
 
 
@@ -22,7 +23,10 @@ class SeenDeployment:
         parsed: its last valid state; ``None`` where there was none yet.
         problems: why ``body`` can't be understood; empty where it can.
         runner: the pool at work that it is given to.
-        gone: set once nothing of it is left in its pool.
+        former: pools that it moved out of and that still serve it, by ``namespace/name``.
+        told: what its pool's controller said last.
+        draining: pools that something of it is left in, from its deletion on.
+        gone: set once nothing of it is left in any pool.
         leaving: waits for that, from its deletion on.
         at: monotonic time at which it was seen.
     """
@@ -31,6 +35,9 @@ class SeenDeployment:
     parsed: ModelDeployment | None
     problems: str = ""
     runner: PoolRunner | None = None
+    former: dict[str, PoolRunner] = field(default_factory=dict)
+    told: Report | None = None
+    draining: set[str] = field(default_factory=set)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: asyncio.Task[None] | None = None
     at: float = field(default_factory=time.monotonic)
@@ -43,6 +50,11 @@ class SeenDeployment:
     def pool_name(self) -> str:
         """Name of the ServingPool that it asks for."""
         return str(self.body.get("spec", {}).get("pool", "default"))
+
+    @property
+    def served_by(self) -> str:
+        """The pool that served it when its status was written, as ``namespace/name``."""
+        return str(self.body.get("status", {}).get("pool") or "")
 
     @property
     def namespace(self) -> str:

@@ -34,13 +34,23 @@ def set_deployment_status(
     deployment: ModelDeployment,
     rows: Sequence[VariantStatus],
     findings: Sequence[Finding],
+    pool: str | None = None,
 ) -> None:
-    """Say what was decided for a ModelDeployment."""
+    """Say what was decided for a ModelDeployment.
+
+    Args:
+        writer: to the API server.
+        deployment: the resource.
+        rows: of its variants.
+        findings: its conditions without times.
+        pool: that serves it, as ``namespace/name``; default what the status says.
+    """
 
     def compose(now: str, before: dict[str, Any]) -> dict[str, Any]:
         old = ModelDeploymentStatus.model_validate(before)
         current = old if old.observed_generation == deployment.metadata.generation else None
-        return deployment_status(deployment, rows, findings, old.conditions, now, current).to_dict()
+        status = deployment_status(deployment, rows, findings, old.conditions, now, current)
+        return status.model_copy(update={"pool": pool or old.pool}).to_dict()
 
     moving = any(f.type == "Progressing" and f.status == "True" for f in findings)
     writer.set_status(address_of(MODEL_DEPLOYMENT, deployment.key), compose, passing=moving)

@@ -120,6 +120,8 @@ class ModelDeploymentStatus(StatusModel):
     """Generation of the spec that the status is about."""
     model: str | None = None
     """OpenAI model id."""
+    pool: str | None = None
+    """ServingPool that serves it, as namespace/name; during a move the one before."""
     ready: str | None = None
     """Variants that are ready, of all: 1/2."""
     variant_names: str | None = None

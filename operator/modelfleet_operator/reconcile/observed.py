@@ -154,6 +154,10 @@ class PoolSight:
             calm_seconds=calm_seconds or {},
         )
 
+    def ready(self, key: str) -> bool:
+        """Whether a replica of a ModelDeployment answers requests."""
+        return any(e.state == EndpointState.READY for e in self._endpoints_of.get(key, ()))
+
     def keys(self) -> set[str]:
         """ModelDeployments that anything is seen of."""
         return self._applications_of.keys() | self._endpoints_of.keys()

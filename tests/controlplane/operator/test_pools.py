@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from tests.controlplane.bed import CommandError, wait_until
 from tests.controlplane.operator.conftest import SYSTEM
 from tests.controlplane.operator.processes import OperatorProcess, RegistryProcess
+from tests.controlplane.operator.standin import RayStandIn, RayThread
 from tests.controlplane.operator.world import GROUP, World, deployment
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
@@ -58,6 +61,70 @@ def test_a_pool_in_use_is_not_deleted(world: World, operator: OperatorProcess) -
         timeout=15,
         what="the pool gone",
     )
+
+
+def test_a_move_to_another_pool_keeps_serving(
+    world: World, operator: OperatorProcess, tmp_path: Path
+) -> None:
+    world.apply(deployment())
+    world.wait_condition("Ready")
+    wait_until(lambda: world.route() is not None, timeout=10, what="the route")
+    token = world.registry.token
+    with RegistryProcess(tmp_path, token) as registry:
+        registry.wait_ready()
+        with RayThread(RayStandIn(registry=registry.url, token=token, start_seconds=2.0)) as ray:
+            there = replace(world, registry=registry, ray=ray)
+            there.make_pool("other")
+            world.wait_condition("Ready", name="other", resource="spool", timeout=30)
+            world.apply(deployment(pool="other"))
+            served = []
+
+            def moved() -> bool:
+                here, elsewhere = world.route(), there.route()
+                served.append(
+                    any(r is not None and all(v.endpoints for v in r.variants) for r in (here, elsewhere))
+                )
+                return not world.ray.names() and bool(elsewhere)
+
+            world.wait_condition("Progressing", reason="MovingPool", timeout=5)
+            assert world.condition("Serving")[0] == "True"
+            assert world.get()["status"]["pool"] == f"{world.namespace}/default"
+            wait_until(moved, timeout=30, what="the old pool empty", interval=0.02)
+            assert all(served)
+            world.wait_condition("Ready")
+            assert world.get()["status"]["pool"] == f"{world.namespace}/other"
+            assert world.route() is None
+            assert len(ray.names()) == 2
+            world.cluster.kubectl("delete", "mdep", "m", "-n", world.namespace, "--timeout=20s")
+
+
+def test_a_restart_goes_on_with_a_move(world: World, tmp_path: Path) -> None:
+    token = world.registry.token
+    with RegistryProcess(tmp_path, token) as registry:
+        registry.wait_ready()
+        with RayThread(RayStandIn(registry=registry.url, token=token)) as ray:
+            there = replace(world, registry=registry, ray=ray)
+            with world.operator() as first:
+                first.wait_ready()
+                world.apply(deployment())
+                world.wait_condition("Ready")
+                there.make_pool("other")
+                ray.ray.never_start = {"A10"}
+                world.wait_condition("Ready", name="other", resource="spool", timeout=30)
+                world.apply(deployment(pool="other"))
+                world.wait_condition("Progressing", reason="MovingPool")
+                first.kill()
+            running, asked = world.ray.names(), world.ray.ray.gets
+            with world.operator() as second:
+                second.wait_ready()
+                wait_until(lambda: world.ray.ray.gets > asked, timeout=15, what="a look at the old pool")
+                time.sleep(1)  # what it took for a stray would be gone
+                world.wait_condition("Serving")
+                assert world.ray.names() == running
+                ray.ray.never_start = set()
+                world.wait_condition("Ready", timeout=30)
+                wait_until(lambda: not world.ray.names(), timeout=10, what="the old pool empty")
+                world.cluster.kubectl("delete", "mdep", "m", "-n", world.namespace, "--timeout=20s")
 
 
 def test_teams_share_the_pool_of_the_platform(world: World) -> None:
