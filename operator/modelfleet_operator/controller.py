@@ -17,21 +17,20 @@ from typing import Any, Final, TypeVar
 from modelfleet_operator.api import ModelDeployment, ServingPool
 from modelfleet_operator.application_writer import ApplicationWriter
 from modelfleet_operator.attend import attend
-from modelfleet_operator.background_planner import BackgroundPlanner
-from modelfleet_operator.clients.errors import ClientError, RefusedError, UnavailableError
+from modelfleet_operator.clients.errors import RefusedError, UnavailableError
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
+from modelfleet_operator.deciding import Decider
 from modelfleet_operator.facts import FactsCache
 from modelfleet_operator.leadership import Leadership
-from modelfleet_operator.metrics import ERRORS, QUEUE, RECONCILES, STEP_SECONDS
+from modelfleet_operator.metrics import ERRORS, QUEUE, STEP_SECONDS
 from modelfleet_operator.planner import PoolView
 from modelfleet_operator.planner.inputs import pool_view, sources_of
 from modelfleet_operator.reconcile.applications import registry_application
-from modelfleet_operator.reconcile.calm import CalmTracker, needs
-from modelfleet_operator.reconcile.core import Decision, reconcile
 from modelfleet_operator.reconcile.fleet_config import FleetConfig
-from modelfleet_operator.reconcile.observed import Observed, PoolSight
-from modelfleet_operator.reports import Report, Reporter, decided, unreachable
+from modelfleet_operator.reconcile.observed import PoolSight
+from modelfleet_operator.registry_watch import RegistryWatch
+from modelfleet_operator.reports import Report, Reporter
 from modelfleet_operator.routes import RouteWriter
 from modelfleet_serving.contract import RegistryState
 
@@ -43,15 +42,9 @@ PROGRESS_SECONDS: Final = 1.0
 """How soon after a change Ray is asked: it has no events to wait for."""
 APPLICATIONS_PER_SECOND: Final = 200
 """Ray's answer grows with its applications: a large pool is asked less often."""
-REGISTRY_WAIT_SECONDS: Final = 25.0
-REGISTRY_PAUSE_SECONDS: Final = 0.2
-"""Least time between two looks at the registry: what changes in between is taken in at once."""
-ENDPOINTS_PER_SECOND: Final = 5000
-"""The same for its answer, which all endpoints are in."""
 RETRY_SECONDS: Final = 2.0
 GATHER_SECONDS: Final = 0.05
 """Changes that come together make one step and one PUT."""
-_CHUNK: Final = 50
 _T = TypeVar("_T")
 
 
@@ -97,17 +90,10 @@ class PoolController:
     looked: bool = False
     """Whether Ray has answered at least once."""
     sight: PoolSight = field(default_factory=PoolSight)
-    _planner: BackgroundPlanner = field(default_factory=BackgroundPlanner)
     _config: FleetConfig = field(default_factory=FleetConfig)
-    _calm: CalmTracker = field(default_factory=CalmTracker)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _dirty: set[str] = field(default_factory=set)
     _leaving: set[str] = field(default_factory=set)
-    _decisions: dict[str, Decision] = field(default_factory=dict)
-    _faults: dict[str, str] = field(default_factory=dict)
-    """What went wrong in deciding, by ModelDeployment; never expected."""
-    _unsettled: set[str] = field(default_factory=set)
-    _needs: dict[str, Mapping[str, int]] = field(default_factory=dict)
     _keys_by_model: dict[str, str] = field(default_factory=dict)
     _keys_by_source: dict[str, set[str]] = field(default_factory=dict)
     _looked: float = float("-inf")
@@ -119,7 +105,8 @@ class PoolController:
             self.pool.key, self.ray, self._config, self.sight, self.leadership
         )
         self._reporter = Reporter(self.report)
-        self._planner.set_view(pool_view(self.pool), declared=True)
+        self._decider = Decider(self.registry_address, self.facts, self.sight, self._config, self.routes)
+        self._decider.set_view(pool_view(self.pool), declared=True)
         if self.serve_registry is not None:
             self._config.add_extra(registry_application(self.serve_registry))
 
@@ -144,7 +131,7 @@ class PoolController:
         self._config.held.discard(deployment.key)
         self.routes.held.discard(deployment.key)
         self._leaving.discard(deployment.key)
-        self._planner.keep(deployment.key)
+        self._decider.keep(deployment.key)
         self._mark({deployment.key})
 
     def hold(self, key: str) -> None:
@@ -164,12 +151,8 @@ class PoolController:
         self.routes.held.discard(key)
         self._config.forget(key)
         self.routes.forget(key)
-        self._planner.forget(key)
-        self._calm.forget(key)
-        for memory in (self._decisions, self._needs, self._faults):
-            memory.pop(key, None)
+        self._decider.forget(key)
         self._reporter.forget(key)
-        self._unsettled.discard(key)
         self._leaving.add(key)
         self._mark({key})
 
@@ -185,18 +168,12 @@ class PoolController:
 
     def set_view(self, view: PoolView, *, declared: bool = False) -> None:
         """Take over what the pool has to give."""
-        self._planner.set_view(view, declared=declared)
+        self._decider.set_view(view, declared=declared)
         self._mark(set(self.deployments) if declared else ())
 
     def pending(self) -> dict[str, str]:
         """Accelerator of each variant that Ray has not placed yet, by ``namespace/name/variant``."""
-        return {
-            f"{key}/{row.name}": row.accelerator
-            for key in self._unsettled
-            if (decision := self._decisions.get(key))
-            for row in decision.variants
-            if row.reason == "Pending" and row.accelerator
-        }
+        return self._decider.pending()
 
     def wake(self) -> None:
         """Look at everything again now."""
@@ -215,30 +192,13 @@ class PoolController:
         forget = self.facts.listen(lambda source: self._mark(self._keys_by_source.get(source, ())))
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._watch_registry(), name=f"watch-registry {self.pool.key}")
+                watch = RegistryWatch(
+                    self.registry, self.leadership, lambda: self.registry_state, self._see_registry
+                )
+                group.create_task(watch.run(), name=f"watch-registry {self.pool.key}")
                 group.create_task(self._loop(), name=f"reconcile {self.pool.key}")
         finally:
             forget()
-
-    async def _watch_registry(self) -> None:
-        while True:
-            seen = self.registry_state
-            # A poll speaks for the term that we have when it begins, and we may be given a later one.
-            wait = RETRY_SECONDS if self.leadership.superseded else REGISTRY_WAIT_SECONDS
-            try:
-                state = await self.registry.state(
-                    seen.epoch if seen else "", seen.version if seen else -1, wait if seen else 0
-                )
-            except ClientError as error:
-                if seen is not None:
-                    log.warning("registry lost: %s", error)
-                    self._see_registry(None)
-                ERRORS.labels(reason="RegistryUnavailable").inc()
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            if state is not None:
-                self._see_registry(state)
-                await asyncio.sleep(max(REGISTRY_PAUSE_SECONDS, len(state.endpoints) / ENDPOINTS_PER_SECOND))
 
     def _see_registry(self, state: RegistryState | None) -> None:
         self.registry_state = state
@@ -255,7 +215,7 @@ class PoolController:
         for model in models:
             key = self._keys_by_model.get(model)
             # Gauges of demand move all the time: only another number of replicas is a change.
-            if key is not None and self._needs.get(key) != needs(self.deployments[key], self._observed(key)):
+            if key is not None and self._decider.needs_changed(self.deployments[key]):
                 changed.add(key)
         self.routes.see(state.routes if state else None)
         if changed or self._dirty or self.routes.due or (state and state.warming and self._wants_nothing()):
@@ -270,7 +230,7 @@ class PoolController:
             except TimeoutError:
                 pass
             self._wake.clear()
-            self._dirty |= self._calm.due(time.monotonic()) & self.deployments.keys()
+            self._dirty |= self._decider.due() & self.deployments.keys()
             await self._turn()
 
     def _until_next(self) -> float:
@@ -280,7 +240,7 @@ class PoolController:
     def _interval(self) -> float:
         if self.ray_error:
             return RETRY_SECONDS
-        if not (self._unsettled or self._leaving):
+        if not (self._decider.unsettled or self._leaving):
             return RESYNC_SECONDS
         return max(self._pause, len(self.sight.applications) / APPLICATIONS_PER_SECOND)
 
@@ -312,7 +272,7 @@ class PoolController:
             self.ray_lost = time.monotonic()
         self.ray_error, self.ray_reason = message, reason
         self.on_change()
-        reports = unreachable(self.deployments.values(), self._decisions, reason, message)
+        reports = self._decider.reports_without_ray(self.deployments.values(), reason, message)
         await self._reporter.tell(reports)
 
     async def step(self) -> None:
@@ -352,51 +312,11 @@ class PoolController:
             self.on_change()
         return changed | set(self.deployments) if first else changed
 
-    async def _decide(self, dirty: set[str]) -> None:
-        deployments = {key: d for key in dirty if (d := self.deployments.get(key))}
-        observed = {key: self._observed(key) for key in deployments}
-        known = self.facts.get({source for d in deployments.values() for source in sources_of(d)})
-        dirty |= await self._planner.plan(deployments, known, observed) & self.deployments.keys()
-        for number, key in enumerate(dirty & self.deployments.keys(), 1):
-            self._decide_guarded(self.deployments[key])
-            if number % _CHUNK == 0:
-                await asyncio.sleep(0)
-
-    def _decide_guarded(self, deployment: ModelDeployment) -> None:
-        """Decide; a fault met with one ModelDeployment leaves it as it is, and all others alone."""
-        try:
-            self._decide_one(deployment)
-        except Exception as error:
-            ERRORS.labels(reason="InternalError").inc()
-            log.exception("%s can't be decided", deployment.key)
-            self._faults[deployment.key] = f"{type(error).__name__}: {error}"
-        else:
-            self._faults.pop(deployment.key, None)
-
-    def _decide_one(self, deployment: ModelDeployment) -> None:
-        key, observed = deployment.key, self._observed(deployment.key)
-        plans = self._planner.plans(deployment)
-        if plans is None:
-            return  # changed while it was being planned: it is dirty again
-        room = self._planner.room(key)
-        decision = reconcile(deployment, plans, observed, self.registry_address, room)
-        RECONCILES.inc()
-        self._calm.update(deployment, decision, observed, time.monotonic())
-        self._needs[key] = needs(deployment, observed)
-        self._decisions[key] = decision
-        self._config.want(key, decision.applications)
-        self.routes.want(key, decision.route)
-        (self._unsettled.discard if decision.settled else self._unsettled.add)(key)
-
-    def _observed(self, key: str) -> Observed:
-        model = self.deployments[key].model_name
-        return self.sight.of(key, model, self._calm.seconds(key, time.monotonic()))
-
     # --- What follows ---
 
     async def _follow(self, dirty: set[str]) -> None:
         """Decide for these ModelDeployments, say so, and route as decided."""
-        await self._decide(dirty)
+        await self._decider.decide(dirty, self.deployments)
         await self._tell(dirty)
         # Before the applications: what is about to go gets no new request.
         try:
@@ -418,7 +338,7 @@ class PoolController:
             return
         self._pause = PROGRESS_SECONDS
         self._looked = time.monotonic()
-        self._unsettled |= {key for key in dirty if key in self.deployments}
+        self._decider.unsettled |= {key for key in dirty if key in self.deployments}
 
     async def _while_routing(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Wait for Ray, which takes seconds over many applications; routes that change go out meanwhile."""
@@ -440,13 +360,7 @@ class PoolController:
 
     async def _tell(self, keys: Iterable[str]) -> None:
         deployments = [d for key in keys if (d := self.deployments.get(key))]
-        faulty = [d for d in deployments if d.key in self._faults]
-        sound = [d for d in deployments if d.key not in self._faults]
-        reports = decided(sound, self._decisions, self.routes.refused)
-        for deployment in faulty:
-            fault = self._faults[deployment.key]
-            reports += unreachable([deployment], self._decisions, "InternalError", fault)
-        await self._reporter.tell(reports)
+        await self._reporter.tell(self._decider.reports(deployments))
 
     def _let_go(self) -> None:
         for key in list(self._leaving):

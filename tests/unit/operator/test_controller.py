@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from tests.unit.operator.test_pure import deployment, pool
 
-from modelfleet_operator import controller as controller_module
+from modelfleet_operator import deciding
 from modelfleet_operator.api import ModelDeployment
 from modelfleet_operator.clients.ray_serve import RayServeClient
 from modelfleet_operator.clients.registry import RegistryClient
@@ -207,7 +207,7 @@ async def test_a_fault_met_with_one_is_told_there_and_stops_no_other(
                 raise ZeroDivisionError("odd")
             return decide(wanted, *args)
 
-        monkeypatch.setattr(controller_module, "reconcile", odd)
+        monkeypatch.setattr(deciding, "reconcile", odd)
         for number in range(3):
             world.want(f"m{number}")
         await world.controller.step()
@@ -217,7 +217,7 @@ async def test_a_fault_met_with_one_is_told_there_and_stops_no_other(
         assert (ready.status, ready.reason) == ("Unknown", "InternalError")
         assert "ZeroDivisionError: odd" in ready.message
         assert "default/m1 can't be decided" in caplog.text
-        monkeypatch.setattr(controller_module, "reconcile", decide)
+        monkeypatch.setattr(deciding, "reconcile", decide)
         world.want("m1")
         await world.controller.step()
         assert {name.split(".")[1] for name in world.ray.running} == {"m0", "m1", "m2"}

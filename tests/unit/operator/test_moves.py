@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.unit.operator.test_fleet import Kube, Writer
 
-from modelfleet_operator import fleet as fleet_module
+from modelfleet_operator import serving_pools
 from modelfleet_operator.api import ModelDeployment, ModelDeploymentStatus, ServingPool
 from modelfleet_operator.clients.kube import MODEL_DEPLOYMENT, SERVING_POOL, Kind, Object
 from modelfleet_operator.fleet import Fleet
@@ -178,7 +178,7 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(fleet_module, "PoolRunner", Runner)
+    monkeypatch.setattr(serving_pools, "PoolRunner", Runner)
     kube, writer = Pools(), Statuses()
     tools: Any = Tools(kube, None, None, writer, Settings())  # type: ignore[arg-type]
     return World(Fleet(tools), kube, writer)
@@ -254,7 +254,7 @@ async def test_a_restart_goes_on_with_the_move(world: World) -> None:
     assert old.held
     assert world.writer.condition("Serving")[:2] == ("Unknown", "RegistryUnavailable")
     old.controller.answer = True
-    world.fleet._follow_moves()
+    world.fleet.deployments.follow_moves()
     assert world.writer.condition("Serving")[0] == "True"
     new.say(*READY)
     assert not old.held
