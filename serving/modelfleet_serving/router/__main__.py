@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-import uvloop
-
 from modelfleet_serving.router.counters import Counters
+from modelfleet_serving.router.event_loop import run
 from modelfleet_serving.router.hub import Hub
 from modelfleet_serving.router.process import LOG_FORMAT, tune_collector
 from modelfleet_serving.router.settings import Settings, SettingsError, parse_settings, split_address
@@ -80,7 +79,7 @@ def main() -> int:
     try:
         settings = parse_settings(sys.argv[1:])
         logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
-        uvloop.run(serve(settings))
+        run(serve(settings), tls=bool(settings.tls_certificate) and settings.workers == 1)
     except (SettingsError, TableError, OSError) as error:
         print(f"modelfleet router: {error}", file=sys.stderr)
         return 2

@@ -13,12 +13,13 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
-import uvloop
 
 from modelfleet_serving.router.counters import Counters
+from modelfleet_serving.router.event_loop import run
 from modelfleet_serving.router.hub import TableChange
 from modelfleet_serving.router.observe import Snapshot
 from modelfleet_serving.router.settings import Settings
+from modelfleet_serving.router.sockets import Listener
 from modelfleet_serving.router.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ async def _serve(end: socket.socket, counters_fd: int) -> None:
 
 async def _follow(channel: Channel, worker: Worker, start: Start) -> None:
     """Does what the supervisor says until it says to end."""
-    server: asyncio.Server | None = None
+    server: Listener | asyncio.Server | None = None
     while True:
         message = await channel.receive()
         match message:
@@ -223,13 +224,13 @@ def tune_collector() -> None:
 
 
 def main() -> None:
-    """Entry point of a worker process: ``SOCKET_FD COUNTERS_FD LOG_LEVEL``."""
+    """Entry point of a worker process: ``SOCKET_FD COUNTERS_FD LOG_LEVEL plain|tls``."""
     logging.basicConfig(level=sys.argv[3].upper(), format=LOG_FORMAT)
     # The supervisor decides when to stop; a Ctrl-C in the terminal reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     tune_collector()
-    uvloop.run(_serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))
+    run(_serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])), tls=sys.argv[4] == "tls")
 
 
 if __name__ == "__main__":

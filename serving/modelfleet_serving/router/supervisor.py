@@ -128,6 +128,7 @@ class Supervisor:
             "modelfleet_serving.router.process",
             *map(str, descriptors),
             self._settings.log_level,
+            "tls" if self._settings.tls_certificate else "plain",
             pass_fds=descriptors,
         )
         theirs.close()

@@ -7,13 +7,15 @@ import contextlib
 import logging
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from modelfleet_serving.router.response import FramingError, ResponseHead
+from modelfleet_serving.router.sockets import connect
 from modelfleet_serving.router.tls import engine_context
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.poller import LoopPoller, Poller
     from modelfleet_serving.router.table import EndpointRef
 
 _log = logging.getLogger(__name__)
@@ -142,6 +144,7 @@ class Connector:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        poller: Poller | LoopPoller,
         *,
         connect_timeout: float,
         idle_limit: int,
@@ -150,6 +153,7 @@ class Connector:
     ) -> None:
         """``authority``: file of the certificates that engines' must be signed by; empty for the system's."""
         self._loop = loop
+        self._poller = poller
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
         self._idle_timeout = idle_timeout
@@ -166,15 +170,20 @@ class Connector:
         return task
 
     async def _open(self, endpoint: EndpointRef, exchange: Exchange) -> None:
-        options: dict[str, Any] = {}
-        if endpoint.tls:
-            options = {"ssl": self.tls(), "server_hostname": endpoint.host}
         try:
             async with asyncio.timeout(self._connect_timeout):
                 connection = UpstreamConnection(endpoint)
-                await self._loop.create_connection(
-                    lambda: cast("asyncio.BaseProtocol", connection), endpoint.host, endpoint.port, **options
-                )
+                host, port = endpoint.host, endpoint.port
+                if endpoint.tls:
+                    await self._loop.create_connection(
+                        lambda: cast("asyncio.BaseProtocol", connection),
+                        host,
+                        port,
+                        ssl=self.tls(),
+                        server_hostname=host,
+                    )
+                else:
+                    await connect(self._loop, self._poller, host, port, connection)
         except TimeoutError:
             exchange.on_connect_failed(endpoint, f"no connection within {self._connect_timeout:g} s")
         except (OSError, ValueError) as error:  # ValueError: a name that the resolver can't encode

@@ -21,6 +21,7 @@ from modelfleet_serving.router.probe import Prober
 from modelfleet_serving.router.server import ClientConnection
 from modelfleet_serving.router.settings import Settings
 from modelfleet_serving.router.slices import Slices
+from modelfleet_serving.router.sockets import Listener, poller_of
 from modelfleet_serving.router.stored import StoredResponses
 from modelfleet_serving.router.table import EndpointRef, Table
 from modelfleet_serving.router.tenancy import Tenancy
@@ -58,8 +59,10 @@ class Worker:
         self._rows: dict[str, int] = {}
         self._scrape = scrape
         self._tasks: set[asyncio.Task[None]] = set()
+        self.poller = poller_of(loop)
         self.connector = Connector(
             loop,
+            self.poller,
             connect_timeout=settings.connect_timeout,
             idle_limit=settings.pool_idle,
             idle_timeout=settings.pool_idle_timeout,
@@ -91,16 +94,21 @@ class Worker:
         self._sweeps = 0
         self._sweep()
 
-    async def listen(self, host: str, port: int) -> asyncio.Server:
+    async def listen(self, host: str, port: int) -> Listener | asyncio.Server:
         """Opens this worker's own listening socket: the kernel spreads connections over the workers'."""
+        backlog = self.settings.backlog
+        if self.tls is None:
+            return await Listener.open(
+                self.loop, self.poller, lambda: ClientConnection(self), host, port, backlog=backlog
+            )
         return await self.loop.create_server(
             lambda: cast("asyncio.BaseProtocol", ClientConnection(self)),
             host,
             port,
-            backlog=self.settings.backlog,
+            backlog=backlog,
             reuse_port=True,
-            ssl=self.tls.context if self.tls is not None else None,
-            ssl_handshake_timeout=self.settings.header_timeout if self.tls is not None else None,
+            ssl=self.tls.context,
+            ssl_handshake_timeout=self.settings.header_timeout,
         )
 
     def next_request_id(self) -> bytes:
@@ -268,7 +276,7 @@ class Worker:
 
     # --- The end ---
 
-    async def drain(self, server: asyncio.Server) -> None:
+    async def drain(self, server: Listener | asyncio.Server) -> None:
         """Fails readiness, stops accepting, and waits until the last request is answered."""
         self.draining = True
         await asyncio.sleep(self.settings.drain_delay)

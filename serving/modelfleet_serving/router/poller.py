@@ -1,0 +1,188 @@
+"""Which sockets are ready: the data path's are served where they are found, others are the event loop's.
+
+asyncio makes a handle of every event, puts it into a queue and runs it from there, in its context. For
+sockets that carry streams, where an event is 200 bytes, that costs as much as all the rest. So a
+:class:`Poller` calls the transport of such a socket on the spot, and gives only other sockets' events to the
+loop. It goes on as long as there is nothing to do for the loop: no callback scheduled, no timer due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import time
+from collections.abc import Mapping
+from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from modelfleet_serving.router.transport import SocketTransport
+
+# epoll's masks, which are poll's: the same names on systems that have no epoll.
+READABLE: Final = 0x01
+WRITABLE: Final = 0x04
+BUFFER_BYTES: Final = 256 * 1024
+_MAX_EVENTS: Final = 512
+
+
+class Poller:
+    """A selector for asyncio's event loop that serves the data path's sockets itself. Needs Linux.
+
+    Attributes:
+        woken: something was scheduled on the loop since it last looked; the loop sets it.
+        buffer: where transports receive into; its content is nobody's between two events.
+    """
+
+    def __init__(self) -> None:
+        self.woken = False
+        self.buffer = bytearray(BUFFER_BYTES)
+        self.view = memoryview(self.buffer)
+        self._epoll: Any = select.epoll()  # type: ignore[attr-defined,unused-ignore]
+        self._poll: Any = self._epoll.poll
+        self._transports: dict[int, SocketTransport] = {}
+        self._keys: dict[int, SelectorKey] = {}
+
+    def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
+        """Changes what a transport waits for: ``READABLE``, ``WRITABLE``, both or 0."""
+        if not before:
+            self._epoll.register(fd, after)
+            self._transports[fd] = transport
+        elif after:
+            self._epoll.modify(fd, after)
+        else:
+            del self._transports[fd]
+            self._epoll.unregister(fd)
+
+    # --- What asyncio asks of a selector ---
+
+    def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        """Serves transports until there is something for the loop, or the time is over.
+
+        Args:
+            timeout: seconds; ``None`` for any time, at most 0 for not at all.
+        """
+        self.woken = False
+        wait = -1.0 if timeout is None else max(0.0, timeout)
+        until = 0.0 if timeout is None else time.monotonic() + wait
+        ready: list[tuple[SelectorKey, int]] = []
+        while True:
+            events: list[tuple[int, int]] = self._poll(wait, _MAX_EVENTS)
+            for fd, mask in events:
+                transport = self._transports.get(fd)
+                if transport is not None:
+                    transport.on_event(mask)
+                else:
+                    self._add(fd, mask, ready)
+            if ready or self.woken or not events:
+                return ready
+            if timeout is not None:
+                wait = until - time.monotonic()
+                if wait <= 0:
+                    return ready
+
+    def _add(self, fd: int, mask: int, ready: list[tuple[SelectorKey, int]]) -> None:
+        key = self._keys.get(fd)
+        if key is None:
+            return  # closed by an event before this one
+        found = 0
+        if mask & ~READABLE:
+            found |= EVENT_WRITE
+        if mask & ~WRITABLE:
+            found |= EVENT_READ
+        found &= key.events
+        if found:
+            ready.append((key, found))
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
+        """Begins to watch a file for the loop.
+
+        Raises:
+            KeyError: when it is watched already.
+        """
+        fd = _number(fileobj)
+        if fd in self._keys:
+            raise KeyError(f"{fileobj!r} is already registered")
+        key = SelectorKey(fileobj, fd, events, data)
+        self._epoll.register(fd, _mask(events))
+        self._keys[fd] = key
+        return key
+
+    def unregister(self, fileobj: Any) -> SelectorKey:
+        """Ends watching a file.
+
+        Raises:
+            KeyError: when it is not watched.
+        """
+        key = self._keys.pop(_number(fileobj))
+        with contextlib.suppress(OSError):  # closed before: the kernel has forgotten it by itself
+            self._epoll.unregister(key.fd)
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
+        """Changes what a file is watched for, or what belongs to it.
+
+        Raises:
+            KeyError: when it is not watched.
+        """
+        key = self._keys[_number(fileobj)]
+        if events != key.events:
+            self._epoll.modify(key.fd, _mask(events))
+        changed = SelectorKey(key.fileobj, key.fd, events, data)
+        self._keys[key.fd] = changed
+        return changed
+
+    def get_key(self, fileobj: Any) -> SelectorKey:
+        """A watched file's key.
+
+        Raises:
+            KeyError: when it is not watched.
+        """
+        return self._keys[_number(fileobj)]
+
+    def get_map(self) -> Mapping[Any, SelectorKey]:
+        """Keys by file descriptor."""
+        return self._keys
+
+    def close(self) -> None:
+        """Ends."""
+        self._keys.clear()
+        self._transports.clear()
+        self._epoll.close()
+
+
+class LoopPoller:
+    """The same for transports on any other event loop, through ``add_reader`` and ``add_writer``."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.buffer = bytearray(BUFFER_BYTES)
+        self.view = memoryview(self.buffer)
+        self._loop = loop
+
+    def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
+        """Changes what a transport waits for: ``READABLE``, ``WRITABLE``, both or 0."""
+        changed = before ^ after
+        if changed & READABLE:
+            if after & READABLE:
+                self._loop.add_reader(fd, transport.on_event, READABLE)
+            else:
+                self._loop.remove_reader(fd)
+        if changed & WRITABLE:
+            if after & WRITABLE:
+                self._loop.add_writer(fd, transport.on_event, WRITABLE)
+            else:
+                self._loop.remove_writer(fd)
+
+
+def _number(fileobj: Any) -> int:
+    number: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+    return number
+
+
+def _mask(events: int) -> int:
+    mask = 0
+    if events & EVENT_READ:
+        mask |= READABLE
+    if events & EVENT_WRITE:
+        mask |= WRITABLE
+    return mask

@@ -1,0 +1,314 @@
+"""A TCP connection of the data path: a transport of asyncio that writes at once.
+
+It does what asyncio's transports of plain sockets do, in the same words, for one protocol that stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from itertools import islice
+from typing import Any, Final
+
+from modelfleet_serving.router.poller import READABLE, WRITABLE, LoopPoller, Poller
+
+HIGH_WATER: Final = 64 * 1024
+_PIECES: Final = 64
+"""At most written with one call; the kernel's bound is 1,024."""
+
+
+class SocketTransport:
+    """One connected, non-blocking socket.
+
+    Writing tries the socket first and keeps what it doesn't take; the protocol is told above a high-water
+    mark (``pause_writing``). ``connection_lost`` comes later than the call that ended the connection.
+    """
+
+    __slots__ = (
+        "_closing",
+        "_ending",
+        "_fd",
+        "_full",
+        "_high",
+        "_loop",
+        "_lost",
+        "_low",
+        "_out",
+        "_out_bytes",
+        "_paused",
+        "_poller",
+        "_protocol",
+        "_receive",
+        "_send",
+        "_socket",
+        "_watched",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        poller: Poller | LoopPoller,
+        connected: socket.socket,
+        protocol: Any,
+    ) -> None:
+        """Begins: the protocol gets ``connection_made``, then what comes.
+
+        Args:
+            loop: runs what comes later.
+            poller: says when the socket is ready.
+            connected: non-blocking; the transport closes it.
+            protocol: an ``asyncio.Protocol``.
+        """
+        self._loop = loop
+        self._poller = poller
+        self._socket = connected
+        self._fd = connected.fileno()
+        self._protocol: Any = protocol
+        self._receive: Any = connected.recv_into
+        self._send: Any = connected.send
+        self._out: deque[Any] = deque()
+        self._out_bytes = 0
+        self._watched = 0
+        self._high = HIGH_WATER
+        self._low = HIGH_WATER // 4
+        self._full = False  # the protocol was told to pause
+        self._paused = False  # reading is
+        self._closing = False
+        self._ending = False  # the peer is to see the end of the stream
+        self._lost = False  # connection_lost is on its way
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        protocol.connection_made(self)
+        if not self._paused and not self._closing:
+            self._watch(READABLE)
+
+    def __repr__(self) -> str:
+        state = "lost" if self._lost else "closing" if self._closing else "open"
+        return f"<SocketTransport fd={self._fd} {state} {self._out_bytes} bytes to write>"
+
+    # --- Events ---
+
+    def on_event(self, mask: int) -> None:
+        """The socket is ready; errors and hang-ups are found by reading or writing."""
+        if self._watched & READABLE and mask & ~WRITABLE:
+            self._read()
+        if self._watched & WRITABLE and mask & ~READABLE:
+            self._flush()
+
+    def _read(self) -> None:
+        poller = self._poller
+        try:
+            size: int = self._receive(poller.buffer)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end(error)
+            return
+        try:
+            if size:
+                self._protocol.data_received(bytes(poller.view[:size]))
+                return
+            self._watch(self._watched & ~READABLE)
+            if not self._protocol.eof_received():
+                self.close()
+        except Exception as error:  # noqa: BLE001  one connection's fault must not end the others
+            self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        self._loop.call_exception_handler(
+            {
+                "message": "a protocol of the data path failed",
+                "exception": error,
+                "transport": self,
+                "protocol": self._protocol,
+            }
+        )
+        self._end(error)
+
+    def _watch(self, mask: int) -> None:
+        before = self._watched
+        if mask != before:
+            self._watched = mask
+            self._poller.watch(self._fd, self, before, mask)
+
+    # --- Reading ---
+
+    def pause_reading(self) -> None:
+        """The protocol wants nothing for now; the peer's end isn't noticed meanwhile."""
+        self._paused = True
+        self._watch(self._watched & ~READABLE)
+
+    def resume_reading(self) -> None:
+        """The protocol takes data again."""
+        if self._paused and not self._closing:
+            self._paused = False
+            self._watch(self._watched | READABLE)
+
+    # --- Writing ---
+
+    def write(self, data: bytes) -> None:
+        """Sends, or keeps what the socket doesn't take.
+
+        Raises:
+            RuntimeError: after ``write_eof``.
+        """
+        if self._ending:
+            raise RuntimeError("write after write_eof")
+        if self._closing or not data:
+            return
+        if self._out_bytes:
+            self._keep(data, len(data))
+            return
+        try:
+            sent: int = self._send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self._end(error)
+            return
+        size = len(data)
+        if sent < size:
+            self._keep(memoryview(data)[sent:] if sent else data, size - sent)
+
+    def writelines(self, pieces: list[bytes]) -> None:
+        """The same for several pieces, without joining them."""
+        if self._ending:
+            raise RuntimeError("write after write_eof")
+        if self._closing:
+            return
+        waiting = self._out_bytes
+        for piece in pieces:
+            if piece:
+                self._out.append(piece)
+                self._out_bytes += len(piece)
+        if not waiting:
+            self._flush()
+        if self._out_bytes:
+            self._watch(self._watched | WRITABLE)
+            self._tell()
+
+    def _keep(self, data: Any, size: int) -> None:
+        self._out.append(data)
+        self._out_bytes += size
+        self._watch(self._watched | WRITABLE)
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self._full and self._out_bytes > self._high:
+            self._full = True
+            self._protocol.pause_writing()
+
+    def _flush(self) -> None:
+        """Writes what waits, as far as the socket takes it."""
+        out = self._out
+        while out:
+            pieces = list(islice(out, _PIECES))
+            try:
+                sent: int = self._socket.sendmsg(pieces)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                self._end(error)
+                return
+            self._out_bytes -= sent
+            short = False
+            for piece in pieces:
+                size = len(piece)
+                if sent < size:
+                    out[0] = memoryview(piece)[sent:]
+                    short = True
+                    break
+                out.popleft()
+                sent -= size
+            if short:
+                break
+        if not out:
+            self._watch(self._watched & ~WRITABLE)
+            if self._closing:
+                self._finish(None)
+                return
+            if self._ending:
+                self._shut()
+        if self._full and self._out_bytes <= self._low:
+            self._full = False
+            self._protocol.resume_writing()
+
+    def can_write_eof(self) -> bool:
+        """Always."""
+        return True
+
+    def write_eof(self) -> None:
+        """Ends the stream to the peer once everything is written; reading goes on."""
+        if self._ending or self._closing:
+            return
+        self._ending = True
+        if not self._out_bytes:
+            self._shut()
+
+    def _shut(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._end(error)
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Bytes above which the protocol is told to pause, and at which it may go on: a quarter of it."""
+        self._high = HIGH_WATER if high is None else high
+        self._low = self._high // 4 if low is None else low
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that wait to be written."""
+        return self._out_bytes
+
+    # --- The end ---
+
+    def is_closing(self) -> bool:
+        """Whether it ends or has ended."""
+        return self._closing
+
+    def close(self) -> None:
+        """Ends once everything is written; nothing more is read."""
+        if self._closing:
+            return
+        self._closing = True
+        self._watch(self._watched & ~READABLE)
+        if not self._out_bytes:
+            self._finish(None)
+
+    def abort(self) -> None:
+        """Ends now."""
+        self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        self._closing = True
+        self._out.clear()
+        self._out_bytes = 0
+        self._finish(error)
+
+    def _finish(self, error: Exception | None) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        self._watch(0)
+        self._loop.call_soon(self._tell_lost, error)
+
+    def _tell_lost(self, error: Exception | None) -> None:
+        protocol, self._protocol = self._protocol, None
+        try:
+            protocol.connection_lost(error)
+        finally:
+            self._socket.close()
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        """``socket``, ``peername`` or ``sockname``, as asyncio's transports tell them."""
+        try:
+            match name:
+                case "socket":
+                    return self._socket
+                case "peername":
+                    return self._socket.getpeername()
+                case "sockname":
+                    return self._socket.getsockname()
+        except OSError:  # the peer is gone
+            return default
+        return default
