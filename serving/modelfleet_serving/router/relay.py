@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.continuation import Splice, may_hold_usage
-from modelfleet_serving.router.response import ChunkScanner, FramingError
+from modelfleet_serving.router.response import ChunkScanner, FramingError, is_one_chunk
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.reply import Reply
@@ -131,6 +131,9 @@ class EventRelay:
             and scanner.at_boundary
             and not (reply.strip_usage and may_hold_usage(data))
         ):
+            if data.endswith(b"\n\n\r\n") and is_one_chunk(data):
+                reply.write_events(data)
+                return
             end = scanner.feed(data)
             if end < 0:
                 if data.endswith(_EVENT_ENDS) and scanner.at_boundary:

@@ -129,6 +129,26 @@ class ResponseHead:
         return [kept[0]] + [line for line in kept[1:] if line.partition(b":")[0].lower() not in nominated]
 
 
+def _size_lines(longest: int) -> list[bytes]:
+    lines = [b""] * (longest + 16)
+    for size in range(1, longest):
+        line = b"%x\r\n" % size
+        lines[len(line) + size + 2] = line
+    return [line or b"\0" for line in lines]  # no chunk is of such a length, and none begins so
+
+
+_SIZE_LINES: Final = _size_lines(4096)
+
+
+def is_one_chunk(data: bytes) -> bool:
+    """Whether this is one whole chunk, as servers write them: its size in lower case, nothing beside it.
+
+    The length of all of it leaves one size line only. ``False`` says nothing.
+    """
+    size = len(data)
+    return size < len(_SIZE_LINES) and data.startswith(_SIZE_LINES[size]) and data.endswith(b"\r\n")
+
+
 class ChunkScanner:
     """Follows the framing of a chunked body that is passed on as it is."""
 

@@ -15,7 +15,7 @@ from tests.unit.router.harness import Engine, Received, harness, model, post, un
 
 from modelfleet_serving.router.body import multipart_model, peek_json, replace_model
 from modelfleet_serving.router.errors import RequestError
-from modelfleet_serving.router.response import ChunkScanner, FramingError, ResponseHead
+from modelfleet_serving.router.response import ChunkScanner, FramingError, ResponseHead, is_one_chunk
 
 PIECES = st.lists(st.binary(min_size=1, max_size=40), max_size=8)
 
@@ -53,6 +53,21 @@ def test_chunked_bodies_are_followed_to_their_exact_end(
     else:
         pytest.fail("the end was not seen")
     assert b"".join(out) == b"".join(pieces)
+
+
+@given(
+    st.binary(max_size=300) | st.integers(0, 5000).map(bytes), st.binary(max_size=3), st.binary(max_size=3)
+)
+def test_one_chunk_is_what_the_scanner_takes_for_one(content: bytes, before: bytes, behind: bytes) -> None:
+    chunk = b"%x\r\n%b\r\n" % (len(content), content)
+    assert is_one_chunk(chunk) == (0 < len(content) < 4096)
+    data = before + chunk + behind
+    if is_one_chunk(data):
+        out: list[bytes] = []
+        scanner = ChunkScanner()
+        assert scanner.feed(data, out) == -1
+        assert scanner.at_boundary
+        assert len(out) == 1
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=5))
