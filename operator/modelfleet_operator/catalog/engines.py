@@ -59,6 +59,7 @@ class EngineDefaults:
         encoder_profiled: runners that run the vision encoder when they profile.
         static_share: the share holds weights and KV cache only.
         cross_attention_by_batch: a request's cross attention is set aside for a batch's tokens.
+        narrow_state: linear layers keep their state in the model's type where it asks for no other.
         batch: tokens and sequences of a step, by memory of the GPU.
         cpu_batch: the same on a CPU.
         reserve: how the share is worked out where the user names none.
@@ -80,6 +81,7 @@ class EngineDefaults:
     reserve: Reserve | None = None
     runner_v2_experts: frozenset[str] = frozenset()
     cross_attention_by_batch: bool = False
+    narrow_state: bool = False
 
     def batch_for(self, accelerator: Accelerator) -> BatchDefaults:
         """Tokens and sequences of a step on this accelerator."""
@@ -156,6 +158,7 @@ def engine_defaults(engine: str, version: str | None = None) -> EngineDefaults |
         reserve=_reserve(found["reserve"]) if "reserve" in found else None,
         runner_v2_experts=frozenset(found.get("runnerV2Experts", ())),
         cross_attention_by_batch=bool(found.get("crossAttentionByBatch", False)),
+        narrow_state=bool(found.get("narrowState", False)),
     )
 
 

@@ -71,6 +71,7 @@ class Fit:
             pipeline_parallel=settings.pipeline_parallel_size,
             in_flight_tokens=batch.tokens * self.defaults.concurrent_batches,
             encoder_tokens=batch.tokens if self.defaults.cross_attention_by_batch else None,
+            narrow_state=self.defaults.narrow_state,
         )
         return footprint(
             self.facts,
