@@ -58,10 +58,10 @@ def _attending(text: Config, layers: int) -> frozenset[int] | None:
 
 
 def matrix_bytes(text: Config) -> int:
-    """Bytes of a value of the matrix in vLLM, which keeps it in the model's type unless a family says otherwise.
+    """Bytes of a value of the matrix in vLLM: of the model's type, unless a family says otherwise.
 
-    ``MambaStateDtypeCalculator`` and ``models/config.py``: Nemotron-H takes ``mamba_ssm_cache_dtype``, by default
-    float32; Qwen3.5 takes ``mamba_ssm_dtype``; Kimi's delta attention is always float32.
+    ``MambaStateDtypeCalculator`` and ``models/config.py``: Nemotron-H takes ``mamba_ssm_cache_dtype``, by
+    default float32; Qwen3.5 takes ``mamba_ssm_dtype``; Kimi's delta attention is always float32.
     """
     model_type = str(text.get("model_type") or "")
     if model_type.startswith("nemotron_h"):
@@ -75,7 +75,7 @@ def matrix_bytes(text: Config) -> int:
 
 
 def state_bytes(text: Config, hidden: int, matrix: int = _STATE_BYTES) -> int:
-    """Bytes that one layer without attention keeps for each sequence; ``matrix`` are those of its matrix's values."""
+    """Bytes that one layer without attention keeps for each sequence, with ``matrix`` bytes a value."""
     if isinstance(text.get("attn_type_list"), list):  # lightning attention: a matrix per head
         heads = integer(text, "num_attention_heads")
         width = integer(text, "head_dim", default=hidden // max(heads, 1))

@@ -138,10 +138,11 @@ def kv_layout(
 ) -> KVLayout:
     """Layout of one rank's KV cache; the fullest pipeline stage counts.
 
-    MLA keeps one latent for all heads, which every rank holds whole. ``encoder_tokens`` are what an engine sets
-    aside for a request's cross attention, where that is not the encoder's length: vLLM's ``CrossAttentionSpec``
-    takes ``max_num_encoder_input_tokens``, which is the batch (``config/scheduler.py``). ``narrow_state`` says
-    whether it keeps the state of linear layers in the model's own type.
+    MLA keeps one latent for all heads, which every rank holds whole. ``encoder_tokens`` are what an engine
+    sets aside for a request's cross attention, where that is not the encoder's length: in vLLM
+    ``CrossAttentionSpec`` takes ``max_num_encoder_input_tokens``, which is the batch by
+    ``config/scheduler.py``. ``narrow_state`` says whether it keeps the state of linear layers in the model's
+    own type.
     """
     kinds = [a for a in facts.attention if a.kind is not AttentionKind.ENCODER]
     if not kinds:

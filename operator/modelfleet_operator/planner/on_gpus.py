@@ -24,7 +24,7 @@ LARGEST_FRACTION = 90
 SMALL_FRACTION = 50
 """Percent: a share that the planner chooses leaves room for another one of its size."""
 CUDA_CONTEXT_GIB = 0.7
-"""Memory of a process on the GPU outside the engine's own accounting (0.63 to 0.68 GiB measured on an H100)."""
+"""Memory of a process on the GPU outside the engine's own accounting: 0.63 to 0.68 GiB on an H100."""
 ENCODER_MARGIN = 1.15
 """Over what an encoder needs by the estimate."""
 

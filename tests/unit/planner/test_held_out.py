@@ -52,9 +52,10 @@ def test_weights_within_2_and_a_half_percent(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=_names(ROWS))
 def test_tokens_follow_from_the_measured_memory(row: dict[str, Any]) -> None:
-    """The layout itself has no error: states, latents, windows and cross attention are laid out as by vLLM."""
+    """The layout itself has no error: states, latents, windows, cross attention are laid out as by vLLM."""
     plan = planned(row)
-    held = plan.memory.layout.tokens(row["measured"]["kvCacheGiB"] * GIB, _booted(row, plan)) if plan.memory else 0
+    assert plan.memory
+    held = plan.memory.layout.tokens(row["measured"]["kvCacheGiB"] * GIB, _booted(row, plan))
     assert held == pytest.approx(row["measured"]["kvCacheTokens"], rel=2e-3)
 
 
@@ -85,3 +86,21 @@ def test_some_stayed_unseen() -> None:
     """Rows that corrected something are no proof of it: enough must be left that changed nothing."""
     assert len(UNSEEN) >= 7
     assert not any(row["corrected"] for row in UNSEEN)
+
+
+def test_uncompiled_quantized_activations_take_room() -> None:
+    """An 8-bit copy of the MLP's product, for each token of the largest step."""
+    quantized = next(row for row in ROWS if row["name"] == "fp8-block")
+    plain = {**quantized, "model": "Qwen/Qwen3-8B", "quantization": "None"}
+    more, less = planned(quantized).memory, planned(plain).memory
+    assert more
+    assert less
+    assert more.overhead.activations - less.overhead.activations == 8192 * 12288
+
+
+def test_the_allowance_stands_in_the_sum() -> None:
+    foot = planned(ROWS[0]).memory
+    assert foot
+    total = foot.weights + foot.overhead.total + foot.allowance + foot.kv_cache
+    assert total == pytest.approx(foot.memory * foot.share)
+    assert any(line.endswith("for what this sum does not know") for line in foot.lines())
