@@ -53,10 +53,13 @@ class EngineDefaults:
         cpu_block_size: the same on a CPU.
         concurrent_batches: steps in flight at once.
         runner_v2: models on vLLM's newer model runner: ``dense``, ``all`` or ``none``.
+        runner_v2_experts: architectures with experts that are on it where dense ones are.
         graphs_reserved: runners that set memory for CUDA graphs aside before the KV cache is sized.
         buffers_counted: whether buffers made before profiling are counted.
         encoder_profiled: runners that run the vision encoder when they profile.
         static_share: the share holds weights and KV cache only.
+        cross_attention_by_batch: a request's cross attention is set aside for a batch's tokens.
+        narrow_state: linear layers keep their state in the model's type where it asks for no other.
         batch: tokens and sequences of a step, by memory of the GPU.
         cpu_batch: the same on a CPU.
         reserve: how the share is worked out where the user names none.
@@ -76,6 +79,9 @@ class EngineDefaults:
     batch: tuple[tuple[float, BatchDefaults, frozenset[str]], ...]
     cpu_batch: BatchDefaults
     reserve: Reserve | None = None
+    runner_v2_experts: frozenset[str] = frozenset()
+    cross_attention_by_batch: bool = False
+    narrow_state: bool = False
 
     def batch_for(self, accelerator: Accelerator) -> BatchDefaults:
         """Tokens and sequences of a step on this accelerator."""
@@ -150,6 +156,9 @@ def engine_defaults(engine: str, version: str | None = None) -> EngineDefaults |
         ),
         cpu_batch=BatchDefaults(found["cpuBatch"]["tokens"], found["cpuBatch"]["sequences"]),
         reserve=_reserve(found["reserve"]) if "reserve" in found else None,
+        runner_v2_experts=frozenset(found.get("runnerV2Experts", ())),
+        cross_attention_by_batch=bool(found.get("crossAttentionByBatch", False)),
+        narrow_state=bool(found.get("narrowState", False)),
     )
 
 

@@ -24,7 +24,13 @@ from modelfleet_operator.planner.fields import (
     text_config,
     words,
 )
-from modelfleet_operator.planner.hybrid import LINEAR_NAMES, NONE_NAMES, layer_names, state_bytes
+from modelfleet_operator.planner.hybrid import (
+    LINEAR_NAMES,
+    NONE_NAMES,
+    layer_names,
+    matrix_bytes,
+    state_bytes,
+)
 from modelfleet_operator.planner.parameters import Shape, count_parameters, dense_intermediate
 from modelfleet_operator.planner.vision import parse_vision
 
@@ -264,11 +270,17 @@ def _attention(text: Config, shape: Shape, model_type: str) -> tuple[AttentionLa
         return (AttentionLayers(AttentionKind.MLA, shape.layers, 1, latent, 0),)
     counts = Counter(_layouts(text, shape.layers, model_type))
     return tuple(
-        AttentionLayers(AttentionKind.LINEAR, n, 1, 0, 0, None, state_bytes(text, shape.hidden))
+        _linear_layers(text, shape, n)
         if layout.kind is AttentionKind.LINEAR
         else _layers(shape, layout.kind, n, layout.window)
         for layout, n in counts.items()
     )
+
+
+def _linear_layers(text: Config, shape: Shape, count: int) -> AttentionLayers:
+    wide = state_bytes(text, shape.hidden)
+    narrow = state_bytes(text, shape.hidden, matrix_bytes(text))
+    return AttentionLayers(AttentionKind.LINEAR, count, 1, 0, 0, None, wide, narrow)
 
 
 def _layers(shape: Shape, kind: AttentionKind, count: int, window: int | None = None) -> AttentionLayers:

@@ -34,7 +34,8 @@ class AttentionLayers:
         key_dim: values per key and head; for MLA the latent with its rotary part.
         value_dim: values per value and head; 0 for MLA, where the key holds both.
         window: tokens that a sliding or chunked layer keeps.
-        state_bytes: bytes of state per sequence of a linear layer.
+        state_bytes: bytes of state per sequence of a linear layer, its matrix in 32 bits.
+        narrow_state_bytes: the same in an engine that keeps the matrix in the type that the model asks for.
     """
 
     kind: AttentionKind
@@ -44,6 +45,7 @@ class AttentionLayers:
     value_dim: int
     window: int | None = None
     state_bytes: int = 0
+    narrow_state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,8 @@ class Fit:
             tensor_parallel=settings.tensor_parallel_size,
             pipeline_parallel=settings.pipeline_parallel_size,
             in_flight_tokens=batch.tokens * self.defaults.concurrent_batches,
+            encoder_tokens=batch.tokens if self.defaults.cross_attention_by_batch else None,
+            narrow_state=self.defaults.narrow_state,
         )
         return footprint(
             self.facts,
@@ -99,7 +101,7 @@ class Fit:
             return self.refuse(Rule.WEIGHTS_DO_NOT_FIT, text, foot)
         if foot.layout.empty:
             return None
-        needed = foot.weights + foot.overhead.total + foot.kv_cache
+        needed = foot.weights + foot.overhead.total + foot.allowance + foot.kv_cache
         if self.request.engine.kv_cache_memory_bytes is not None and needed > foot.memory:
             text = (
                 f"weights {foot.weights / GIB:.1f} GiB, overhead {foot.overhead.total / GIB:.1f} GiB and "

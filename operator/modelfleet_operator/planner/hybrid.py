@@ -1,8 +1,8 @@
 """Models whose layers are not all attention: which layer is what, and the state that the others keep.
 
 State-space layers, gated delta nets and short convolutions keep a state of fixed size for each sequence, as
-vLLM's ``MambaStateShapeCalculator`` lays it out: a float32 matrix, and the convolution's last inputs in the
-model's 16-bit type.
+vLLM's ``MambaStateShapeCalculator`` lays it out: a matrix, and the convolution's last inputs in the model's
+16-bit type. The matrix is float32, or what the engine makes of the model's own type (:func:`matrix_bytes`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ NONE_NAMES: Final = frozenset({"mlp", "moe"})
 _PATTERN: Final[Mapping[str, str]] = {"M": "mamba", "*": "full_attention", "-": "mlp", "E": "moe"}
 """Letters of ``hybrid_override_pattern`` (Nemotron-H)."""
 _STATE_BYTES: Final = 4
+_DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CONVOLUTION_BYTES: Final = 2
 
 
@@ -56,20 +57,37 @@ def _attending(text: Config, layers: int) -> frozenset[int] | None:
     return None
 
 
-def state_bytes(text: Config, hidden: int) -> int:
-    """Bytes that one layer without attention keeps for each sequence."""
+def matrix_bytes(text: Config) -> int:
+    """Bytes of a value of the matrix in vLLM: of the model's type, unless a family says otherwise.
+
+    ``MambaStateDtypeCalculator`` and ``models/config.py``: Nemotron-H takes ``mamba_ssm_cache_dtype``, by
+    default float32; Qwen3.5 takes ``mamba_ssm_dtype``; Kimi's delta attention is always float32.
+    """
+    model_type = str(text.get("model_type") or "")
+    if model_type.startswith("nemotron_h"):
+        named = text.get("mamba_ssm_cache_dtype") or "float32"
+    elif model_type.startswith("kimi"):
+        named = "float32"
+    else:
+        asked = text.get("mamba_ssm_dtype") if model_type.startswith("qwen3_5") else None
+        named = asked or text.get("dtype") or text.get("torch_dtype") or "float32"
+    return _DTYPE_BYTES.get(str(named).removeprefix("torch."), _STATE_BYTES)
+
+
+def state_bytes(text: Config, hidden: int, matrix: int = _STATE_BYTES) -> int:
+    """Bytes that one layer without attention keeps for each sequence, with ``matrix`` bytes a value."""
     if isinstance(text.get("attn_type_list"), list):  # lightning attention: a matrix per head
         heads = integer(text, "num_attention_heads")
         width = integer(text, "head_dim", default=hidden // max(heads, 1))
-        return heads * width * width * _STATE_BYTES
+        return heads * width * width * matrix
     if "conv_L_cache" in text:  # LFM2: nothing but a short convolution
         return (integer(text, "conv_L_cache") - 1) * hidden * _CONVOLUTION_BYTES
     if any(name in text for name in ("state_size", "ssm_state_size", "mamba_d_state")):
-        return _mamba(text, hidden)
-    return _gated_delta_net(text)
+        return _mamba(text, hidden, matrix)
+    return _gated_delta_net(text, matrix)
 
 
-def _mamba(text: Config, hidden: int) -> int:
+def _mamba(text: Config, hidden: int, matrix: int) -> int:
     size = integer(text, "ssm_state_size", "mamba_d_state", "state_size")
     kernel = integer(text, "mamba_d_conv", "conv_kernel", "mamba_conv_kernel", default=4)
     heads = integer(text, "mamba_num_heads", "mamba_n_heads", default=0)
@@ -77,14 +95,14 @@ def _mamba(text: Config, hidden: int) -> int:
     inner = heads * integer(text, "mamba_head_dim", "mamba_d_head", default=64) if heads else expand * hidden
     groups = integer(text, "n_groups", "mamba_n_groups", default=1) if heads else 0
     convolution = (kernel - 1) * (inner + 2 * groups * size) * _CONVOLUTION_BYTES
-    return inner * size * _STATE_BYTES + convolution
+    return inner * size * matrix + convolution
 
 
-def _gated_delta_net(text: Config) -> int:
+def _gated_delta_net(text: Config, matrix: int) -> int:
     key_dim = integer(text, "linear_key_head_dim", default=128)
     value_dim = integer(text, "linear_value_head_dim", default=128)
     key_heads = integer(text, "linear_num_key_heads", default=16)
     value_heads = integer(text, "linear_num_value_heads", default=32)
     kernel = integer(text, "linear_conv_kernel_dim", default=4)
     inputs = 2 * key_heads * key_dim + value_heads * value_dim
-    return value_heads * key_dim * value_dim * _STATE_BYTES + (kernel - 1) * inputs * _CONVOLUTION_BYTES
+    return value_heads * key_dim * value_dim * matrix + (kernel - 1) * inputs * _CONVOLUTION_BYTES

@@ -133,10 +133,16 @@ def kv_layout(
     tensor_parallel: int,
     pipeline_parallel: int,
     in_flight_tokens: int,
+    encoder_tokens: int | None = None,
+    narrow_state: bool = False,
 ) -> KVLayout:
     """Layout of one rank's KV cache; the fullest pipeline stage counts.
 
-    MLA keeps one latent for all heads, which every rank holds whole.
+    MLA keeps one latent for all heads, which every rank holds whole. ``encoder_tokens`` are what an engine
+    sets aside for a request's cross attention, where that is not the encoder's length: in vLLM
+    ``CrossAttentionSpec`` takes ``max_num_encoder_input_tokens``, which is the batch by
+    ``config/scheduler.py``. ``narrow_state`` says whether it keeps the state of linear layers in the model's
+    own type.
     """
     kinds = [a for a in facts.attention if a.kind is not AttentionKind.ENCODER]
     if not kinds:
@@ -146,12 +152,13 @@ def kv_layout(
     token_bytes = max(_token_bytes(a, dtype_bytes, tensor_parallel) for a in attending)
     if linear and attending is not kinds:
         # Blocks of attention grow until a page holds a layer's state, so that both share one pool.
-        state = max(a.state_bytes for a in linear) / tensor_parallel
+        state = max(_state(a, narrow=narrow_state) for a in linear) / tensor_parallel
         block_size = max(block_size, ceil(state / token_bytes / block_size) * block_size)
-    page = int(token_bytes * block_size) or max(a.state_bytes for a in linear) // tensor_parallel
+    page = int(token_bytes * block_size)
+    page = page or max(_state(a, narrow=narrow_state) for a in linear) // tensor_parallel
     counts = tuple((a, ceil(a.layers / pipeline_parallel)) for a in kinds)
     size = _group_size([n for _, n in counts])
-    groups = tuple((Group(a.kind, a.window), ceil(n / size)) for a, n in counts)
+    groups = tuple((Group(a.kind, _kept(a, encoder_tokens)), ceil(n / size)) for a, n in counts)
     return KVLayout(
         block_size=block_size,
         page_bytes=page,
@@ -162,6 +169,17 @@ def kv_layout(
         dtype_bytes=dtype_bytes,
         tensor_parallel=tensor_parallel,
     )
+
+
+def _state(layers: AttentionLayers, *, narrow: bool) -> int:
+    return (layers.narrow_state_bytes if narrow else 0) or layers.state_bytes
+
+
+def _kept(layers: AttentionLayers, encoder_tokens: int | None) -> int | None:
+    """Tokens that a layer keeps, where that is not the whole context."""
+    if layers.kind is AttentionKind.CROSS and encoder_tokens is not None:
+        return encoder_tokens
+    return layers.window
 
 
 def _token_bytes(layers: AttentionLayers, dtype_bytes: float, tensor_parallel: int) -> float:

@@ -2,9 +2,10 @@
 
 The sum that every figure here serves::
 
-    memory * share  =  weights + overhead + KV cache
+    memory * share  =  weights + overhead + allowance + KV cache
 
-``memory * share`` is what the engine takes; the KV cache gets what is left. :mod:`.kv_cache` turns it into
+``memory * share`` is what the engine takes; the allowance is for what the sum does not know, and the KV cache
+gets what is left. :mod:`.kv_cache` turns it into
 tokens as the engine does. Figures are bytes unless the name says GiB.
 """
 
@@ -16,7 +17,7 @@ from modelfleet_operator.catalog.accelerators import Accelerator
 from modelfleet_operator.catalog.engines import EngineDefaults
 from modelfleet_operator.planner.facts import ModelFacts
 from modelfleet_operator.planner.kv_cache import KVLayout
-from modelfleet_operator.planner.overhead import Overhead, Step, estimate_overhead, lora_bytes
+from modelfleet_operator.planner.overhead import Overhead, Step, allowance, estimate_overhead, lora_bytes
 from modelfleet_operator.planner.types import GIB
 from modelfleet_operator.planner.weights import WeightScheme, weights_per_rank
 from modelfleet_serving.contract import EngineSettings
@@ -43,6 +44,7 @@ class Footprint:
         layout: how the KV cache is laid out.
         batch: one step of the engine.
         counted: overhead inside the share; all of it unless the engine keeps it outside.
+        allowance: set aside for what the sum does not know.
     """
 
     memory: float
@@ -53,6 +55,7 @@ class Footprint:
     layout: KVLayout
     batch: Batch
     counted: float | None = None
+    allowance: float = 0.0
 
     def lines(self) -> tuple[str, ...]:
         """The sum for people, one summand a line."""
@@ -67,6 +70,8 @@ class Footprint:
         else:
             beside = "activations and runtime; the rest lies outside of the share"
             parts.append(f"- {_gib(self.counted or 0.0)} of {_gib(self.overhead.total)} {beside}")
+        if self.allowance:
+            parts.append(f"- {_gib(self.allowance)} for what this sum does not know")
         parts.append(f"= {_gib(self.kv_cache)} for the KV cache")
         parts.append(self.layout.explain())
         return tuple(parts)
@@ -96,19 +101,22 @@ def footprint(
         tensor_parallel=settings.tensor_parallel_size,
         eager=is_eager(settings),
         generates=generates,
+        quantized_bytes=1 if scheme.compute.startswith("W8A8") else 0,
     )
     overhead = estimate_overhead(facts, settings, defaults, accelerator, step)
     memory = memory_gib * GIB
+    plain = scheme.name == "none" and settings.lora is None
+    unknown = 0.0 if accelerator.is_cpu else allowance(facts, weights, overhead, plain=plain)
     if settings.kv_cache_memory_bytes is not None:
-        return Footprint(memory, 1.0, weights, overhead, float(settings.kv_cache_memory_bytes), layout, batch)
+        kv_cache = float(settings.kv_cache_memory_bytes)
+        return Footprint(memory, 1.0, weights, overhead, kv_cache, layout, batch, allowance=unknown)
     share = _share(settings, defaults, accelerator, memory_gib)
     counted = overhead.total
     if defaults.static_share:
         # What does not fit beside the share is taken from it.
         counted = max(counted - (1 - share) * memory, 0.0)
-    return Footprint(
-        memory, share, weights, overhead, memory * share - weights - counted, layout, batch, counted
-    )
+    kv_cache = memory * share - weights - counted - unknown
+    return Footprint(memory, share, weights, overhead, kv_cache, layout, batch, counted, unknown)
 
 
 def _share(

@@ -23,8 +23,8 @@ LARGEST_FRACTION = 90
 """Percent: a larger share takes the whole GPU."""
 SMALL_FRACTION = 50
 """Percent: a share that the planner chooses leaves room for another one of its size."""
-CUDA_CONTEXT_GIB = 0.6
-"""Memory of a process on the GPU outside the engine's own accounting (0.51 GiB measured on an H100)."""
+CUDA_CONTEXT_GIB = 0.7
+"""Memory of a process on the GPU outside the engine's own accounting: 0.63 to 0.68 GiB on an H100."""
 ENCODER_MARGIN = 1.15
 """Over what an encoder needs by the estimate."""
 
@@ -102,7 +102,7 @@ def _size(fit: Fit, tensor: int, pipeline: int) -> Sized | Rejection:
     fits = foot.layout.largest_context(foot.kv_cache, fit.context)
     if (problem := fit.memory_problem(foot, fits)) is not None:
         return problem
-    demand = Demand(_gpus(fit, settings), REPLICA_CPUS, 0.0, pipeline)
+    demand = Demand(_gpus(fit, settings, estimate), REPLICA_CPUS, 0.0, pipeline)
     sized = fit.plan(settings, foot, min(fit.context, fits), demand, applied)
     if measured is None:
         return sized
@@ -116,12 +116,16 @@ def _size(fit: Fit, tensor: int, pipeline: int) -> Sized | Rejection:
     return replace(sized, plan=replace(sized.plan, measured=measured, estimate=before))
 
 
-def _gpus(fit: Fit, settings: EngineSettings) -> float:
-    """GPUs of one pipeline stage: whole ones, or the share that the user or the planner set."""
+def _gpus(fit: Fit, settings: EngineSettings, foot: Footprint) -> float:
+    """GPUs of one pipeline stage: whole ones, or the share that the user or the planner set.
+
+    A process takes more than its share: its CUDA context, and what its engine does not count.
+    """
     percent = settings.gpu_memory_percent
     alone = settings.tensor_parallel_size * settings.pipeline_parallel_size == 1
     if percent is not None and percent <= LARGEST_FRACTION and alone:
-        share = percent / 100 + CUDA_CONTEXT_GIB / fit.accelerator.memory_gib
+        beside = CUDA_CONTEXT_GIB + foot.overhead.unreserved / GIB
+        share = percent / 100 + beside / fit.accelerator.memory_gib
         if fit.preference.count is None and share < 1 and not fit.defaults.static_share:
             return ceil(share * 100) / 100
     return float(settings.tensor_parallel_size)
@@ -133,7 +137,7 @@ def _encoder_percent(fit: Fit, settings: EngineSettings, foot: Footprint) -> int
     split = settings.tensor_parallel_size * settings.pipeline_parallel_size > 1
     if not foot.layout.empty or fixed or split or fit.defaults.static_share:
         return None
-    need = ENCODER_MARGIN * (foot.weights + foot.overhead.total + foot.overhead.graphs_unreserved) / GIB
+    need = ENCODER_MARGIN * (foot.weights + foot.overhead.total + foot.overhead.unreserved) / GIB
     percent = rounded_percent(need, fit.accelerator.memory_gib)
     return percent if percent <= SMALL_FRACTION else None
 

@@ -11,10 +11,11 @@ from modelfleet_operator.planner import AcceleratorGroup, NodeCapacity, PoolView
 from modelfleet_operator.planner.config import facts_from_config
 from modelfleet_operator.planner.facts import ModelFacts
 from modelfleet_operator.planner.placement import plan_variant
-from modelfleet_serving.contract import EngineSettings, LoraSettings
+from modelfleet_serving.contract import EngineSettings, LoraSettings, Task
 
 DATA = Path(__file__).parent / "data"
 MEASURED: dict[str, Any] = json.loads((DATA / "measured.json").read_text())
+HELD_OUT: dict[str, Any] = json.loads((DATA / "held_out.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,19 @@ def pool(*names: str, gpus: int = 1, nodes: int = 1) -> PoolView:
 def row_request(row: dict[str, Any]) -> VariantRequest:
     found = config(row["model"])
     facts = found.facts
-    if row["textOnly"]:  # booted as the language model alone
+    if row.get("textOnly"):  # booted as the language model alone
         text = found.config["text_config"] | {
             "architectures": ["Gemma3ForCausalLM"],
             "torch_dtype": "bfloat16",
         }
         facts = facts_from_config(text)
+    if "tensorBytes" in row:  # as the safetensors headers of the checkpoint would say
+        facts = facts_from_config(found.config, tensor_bytes={"BF16": row["tensorBytes"]})
     settings = row["settings"]
     lora = settings.get("lora")
     engine = EngineSettings(
         type="vLLM",
-        version=MEASURED["version"],
+        version=row.get("version", MEASURED["version"]),
         max_model_len=settings["maxModelLen"],
         max_num_batched_tokens=settings["maxNumBatchedTokens"],
         max_num_seqs=settings["maxNumSeqs"],
@@ -76,8 +79,9 @@ def row_request(row: dict[str, Any]) -> VariantRequest:
         dtype=settings.get("dtype"),
         lora=LoraSettings(max_loras=lora["maxLoras"], max_rank=lora["maxRank"]) if lora else None,
         gpu_memory_percent=round(row["memoryShare"] * 100),
+        args={"enforce-eager": True} if row.get("eager") else {},
     )
-    return VariantRequest(facts, row["quantization"], engine)
+    return VariantRequest(facts, row["quantization"], engine, task=Task(row.get("task", "Generate")))
 
 
 def planned(row: dict[str, Any]) -> VariantPlan:

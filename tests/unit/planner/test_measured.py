@@ -17,10 +17,10 @@ def test_weights_within_2_percent(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
-def test_kv_cache_within_5_percent(row: dict[str, Any]) -> None:
-    plan = planned(row)
-    assert plan.kv_cache_gib == pytest.approx(row["measured"]["kvCacheGiB"], rel=0.05)
-    assert plan.kv_cache_tokens == pytest.approx(row["measured"]["kvCacheTokens"], rel=0.05)
+def test_kv_cache_is_never_more_than_there_is_and_at_most_5_percent_less(row: dict[str, Any]) -> None:
+    plan, measured = planned(row), row["measured"]
+    assert 0.95 * measured["kvCacheGiB"] <= plan.kv_cache_gib <= measured["kvCacheGiB"]
+    assert 0.95 * measured["kvCacheTokens"] <= plan.kv_cache_tokens <= measured["kvCacheTokens"]
 
 
 def test_tokens_follow_exactly_from_the_measured_memory() -> None:

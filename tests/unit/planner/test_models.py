@@ -133,3 +133,17 @@ def test_an_unknown_architecture_is_counted_like_a_llama() -> None:
         known.config | {"model_type": "brandnew", "architectures": ["BrandNewForCausalLM"]}
     )
     assert unknown.parameters == known.facts.parameters
+
+
+def test_an_engine_may_keep_states_in_the_models_own_type() -> None:
+    """Granite says nothing of its states, Nemotron-H and Qwen3.5 want 32 bits."""
+
+    def states(model: str) -> tuple[int, int]:
+        linear = next(a for a in config(model).facts.attention if a.kind is AttentionKind.LINEAR)
+        return linear.state_bytes, linear.narrow_state_bytes
+
+    wide, narrow = states("ibm-granite/granite-4.0-h-tiny")
+    assert wide - narrow == 48 * 64 * 128 * 2
+    for model in ("nvidia/Nemotron-H-8B-Base-8K", "Qwen/Qwen3.5-9B"):
+        wide, narrow = states(model)
+        assert wide == narrow

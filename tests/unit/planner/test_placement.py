@@ -128,15 +128,15 @@ def test_encoders_take_the_share_that_they_need() -> None:
 
 
 def test_measurements_beat_estimates() -> None:
-    measured = Measurement("A10", 1, weights_gib=15.1, kv_cache_gib=3.0, kv_cache_tokens=24576)
+    measured = Measurement("A10", 1, weights_gib=15.1, kv_cache_gib=2.5, kv_cache_tokens=20480)
     result = plan_variant(on("A10", measurements=(measured,)), pool("A10"))
     plan = result.plan
     assert plan
     assert plan.measured == measured
-    assert (plan.weights_gib, plan.kv_cache_gib, plan.kv_cache_tokens) == (15.1, 3.0, 24576)
+    assert (plan.weights_gib, plan.kv_cache_gib, plan.kv_cache_tokens) == (15.1, 2.5, 20480)
     assert plan.estimate
     assert plan.estimate.kv_cache_gib
-    assert plan.estimate.kv_cache_gib > 3.1
+    assert plan.estimate.kv_cache_gib > 2.9
     too_small = replace(measured, kv_cache_gib=0.5)
     refused = plan_variant(on("A10", measurements=(too_small,)), pool("A10"))
     assert refused.reason == "KVCacheDoesNotFit"
