@@ -29,6 +29,7 @@ def test_get_shows_what_runs(simulated: Platform) -> None:
     document = json.loads(simulated.run("get", "sim", "-o", "json").stdout)
     assert {c["type"]: c["status"] for c in document["status"]["conditions"]} == {
         "Accepted": "True", "Fits": "True", "Progressing": "False", "Serving": "True", "Ready": "True",
+        "Suspended": "False",
     }  # fmt: skip
 
 
