@@ -97,7 +97,7 @@ IN_SCHEMA: dict[str, tuple[Body, str]] = {
     ),
     "kvCacheMemory must be at least 1M: write a unit, as in 8Gi": (
         deployment(engine={"kvCacheMemory": 8}),
-        "spec.engine.kvCacheMemory: .*1e[+]06",
+        "spec.engine.kvCacheMemory: .*greater than or equal to",
     ),
     "memoryPerNode must be at least 1M: write a unit, as in 8Gi": (
         pool(accelerators=[{"type": "A10", "memoryPerNode": "64"}]),
@@ -105,7 +105,7 @@ IN_SCHEMA: dict[str, tuple[Body, str]] = {
     ),
     "memory must be at least 1M: write a unit, as in 8Gi": (
         pool(ray={"cluster": {"head": {"memory": 999_999}}}),
-        "spec.ray.cluster.head.memory: .*1e[+]06",
+        "spec.ray.cluster.head.memory: .*greater than or equal to",
     ),
 }
 ON_UPDATE = "model.name can't be changed: clients ask for it; make a new ModelDeployment"
