@@ -93,7 +93,10 @@ class SocketTransport:
         if self._watched & READABLE and mask & ~WRITABLE:
             self._read()
         if self._watched & WRITABLE and mask & ~READABLE:
-            self._flush()
+            try:
+                self._flush()
+            except Exception as error:  # noqa: BLE001  one connection's fault must not end the others
+                self._broken(error)
 
     def _read(self) -> None:
         poller = self._poller

@@ -228,6 +228,23 @@ async def test_a_protocol_that_fails_loses_its_connection_and_no_other(
     await sound.until(lambda: "lost" in sound.told)
 
 
+async def test_a_protocol_that_fails_when_it_may_write_again_loses_its_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Failing(Recorder):
+        def resume_writing(self) -> None:
+            raise ValueError("no such thing")
+
+    protocol = Failing()
+    peer = pair(protocol)
+    whole = numbers(8 * MEGABYTE)
+    protocol.transport.write(whole)
+    assert await read(peer, len(whole)) == whole
+    await protocol.until(lambda: "lost" in protocol.told)
+    assert isinstance(protocol.error, ValueError)
+    assert "a protocol of the data path failed" in caplog.text
+
+
 async def test_connections_may_end_each_other_in_one_round_of_events() -> None:
     def end_all(_: Recorder, data: bytes) -> None:
         for each in protocols:
