@@ -6,7 +6,7 @@ BENCHES := router datapath operator planner registry simulator
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster record-demo test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
-.PHONY: test-chart test-engine generate-install
+.PHONY: test-chart test-engine test-native generate-install
 .PHONY: bench bench-venv bench-router bench-datapath bench-operator bench-planner soak-router
 
 help: ## This list.
@@ -24,10 +24,14 @@ demo-cluster: venv ## The demo through kubectl: a real control plane, the operat
 record-demo: venv ## Record demo-cluster anew: docs/demo-cluster.cast and .svg (needs npm).
 	@$(PY) scripts/record_demo.py
 
-test: venv lint test-unit test-engine test-ray test-e2e test-controlplane test-chart ## Everything, as CI runs it.
+test: venv lint test-unit test-native test-engine test-ray test-e2e test-controlplane test-chart ## Everything, as CI runs it.
 
 test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (under a minute).
-	$(PYTEST) tests/unit -m "not engine" --numprocesses auto --dist loadfile
+	MODELFLEET_ROUTER_NATIVE=0 $(PYTEST) tests/unit -m "not engine" --numprocesses auto --dist loadfile
+
+test-native: venv ## The router as machine code, as the image has it: the same tests again (needs a C compiler).
+	$(PY) -m modelfleet_serving.router_native
+	MODELFLEET_ROUTER_NATIVE=1 $(PYTEST) tests/unit/router tests/unit/router_policies --numprocesses auto --dist loadfile
 
 test-engine: venv ## Our command lines and tables against the installed vLLM.
 	$(PY) -m modelfleet_serving.environments install vllm

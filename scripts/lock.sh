@@ -10,9 +10,9 @@ compile() { # output, arguments...
     --no-emit-find-links --output-file "$out" pyproject.toml "$@"
   echo "$out: $(grep -c '==' "$out") packages"
 }
-compile requirements/dev.txt --extra local --group dev
+compile requirements/dev.txt --extra local --extra native --group dev
 # The development environment with what the benchmarks' reports need.
-compile requirements/bench.txt --extra local --group dev --group bench --constraint requirements/dev.txt
+compile requirements/bench.txt --extra local --extra native --group dev --group bench --constraint requirements/dev.txt
 # The images install subsets; the versions are those of dev.txt.
 for extra in operator router tracing native serving models; do
   compile "requirements/$extra.txt" --extra "$extra" --constraint requirements/dev.txt

@@ -1,10 +1,13 @@
 """The data path as machine code, where this machine can make it: the same modules, compiled by mypyc.
 
+Its system calls, which are in C (``wire.c``), are compiled with them.
+
 ``python -m modelfleet_serving.router_native`` compiles (about a minute, needs the extra ``native`` and a C
 compiler) into ``$MODELFLEET_CACHE/router/KEY``, or the user's cache directory; with ``--system`` into the
 environment of the interpreter, as the build of an image does. From then on :func:`use` finds it. The key is a
 hash of the sources and the interpreter: changed sources are run as they are until they are compiled again,
-never by an outdated library. ``MODELFLEET_ROUTER_NATIVE=0`` runs the sources in any case.
+never by an outdated library. ``MODELFLEET_ROUTER_NATIVE=0`` runs the sources in any case; ``1`` runs nothing
+but the library for them.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ MODULES: Final = (
     "builtin",
     "choice",
     "counters",
+    "digits",
     "dispatch",
     "exchange",
     "failover",
@@ -46,6 +50,7 @@ MODULES: Final = (
     "response",
     "routing",
     "server",
+    "stored",
     "table",
     "tenancy",
     "transport",
@@ -59,8 +64,19 @@ MODULES: Final = (
     "policy/load",
     "policy/prefix_table",
     "policy/quota",
+    "policy/recorder",
     "policy/split",
 )
+SYSTEM_CALLS: Final = "wire.c"
+# What setuptools is told to make of it.
+_SETUP: Final = """
+from setuptools import Extension, setup
+setup(
+    name="wire",
+    script_args=["--quiet", "build_ext", "--inplace"],
+    ext_modules=[Extension("{module}", ["{source}"], extra_compile_args=["-O2"])],
+)
+"""
 _CONFIGURATION: Final = """
 [tool.mypy]
 python_version = "{version}"
@@ -90,6 +106,7 @@ def _key() -> str:
     digest = hashlib.sha256(f"{sys.version} {sysconfig.get_platform()} {sys.flags.optimize}".encode())
     for module in MODULES:
         digest.update(module.encode() + b"\0" + (PACKAGE / f"{module}.py").read_bytes())
+    digest.update((PACKAGE / SYSTEM_CALLS).read_bytes())
     return digest.hexdigest()[:20]
 
 
@@ -116,6 +133,9 @@ def use(search: list[str], package: str) -> None:
     """Lets a package's ``__path__`` begin with its compiled modules, where there are any."""
     found = _found()
     if found is None:
+        if os.environ.get("MODELFLEET_ROUTER_NATIVE") == "1":
+            message = "MODELFLEET_ROUTER_NATIVE=1, but the data path is not compiled for these sources and"
+            raise RuntimeError(f"{message} {sys.executable}: run python -m modelfleet_serving.router_native")
         return
     if str(found) not in sys.path:
         sys.path.append(str(found))  # for the library that the modules share
@@ -143,17 +163,20 @@ def build(*, system: bool = False) -> Path:
         (root / "pyproject.toml").write_text(_CONFIGURATION.format(version=version))
         sources = [f"{PACKAGE.parent.name}/{PACKAGE.name}/{module}.py" for module in MODULES]
         environment = {**os.environ, "MODELFLEET_ROUTER_NATIVE": "0", "MYPYC_OPT_LEVEL": "3"}
-        done = subprocess.run(
-            [sys.executable, "-m", "mypyc", *sources],
-            cwd=root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-        if done.returncode:
-            raise RuntimeError(f"mypyc failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        package = f"{PACKAGE.parent.name}/{PACKAGE.name}"
+        setup = _SETUP.format(module=f"{package.replace('/', '.')}._wire", source=f"{package}/{SYSTEM_CALLS}")
+        for name, command in (("mypyc", ["-m", "mypyc", *sources]), ("the C compiler", ["-c", setup])):
+            done = subprocess.run(
+                [sys.executable, *command],
+                cwd=root,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=900,
+            )
+            if done.returncode:
+                raise RuntimeError(f"{name} failed:\n{(done.stdout + done.stderr)[-3000:]}")
         result = root / "result"
         built = [path for path in root.rglob("*.so") if path.relative_to(root).parts[0] != "build"]
         for library in built:

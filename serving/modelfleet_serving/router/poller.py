@@ -16,14 +16,15 @@ from collections.abc import Mapping
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import TYPE_CHECKING, Any, Final
 
+from modelfleet_serving.router import wire
+
 if TYPE_CHECKING:
     from modelfleet_serving.router.transport import SocketTransport
 
 # epoll's masks, which are poll's: the same names on systems that have no epoll.
 READABLE: Final = 0x01
 WRITABLE: Final = 0x04
-BUFFER_BYTES: Final = 256 * 1024
-_MAX_EVENTS: Final = 512
+_monotonic: Final = time.monotonic
 
 
 class Poller:
@@ -31,15 +32,12 @@ class Poller:
 
     Attributes:
         woken: something was scheduled on the loop since it last looked; the loop sets it.
-        buffer: where transports receive into; its content is nobody's between two events.
     """
 
     def __init__(self) -> None:
         self.woken = False
-        self.buffer = bytearray(BUFFER_BYTES)
-        self.view = memoryview(self.buffer)
         self._epoll: Any = select.epoll()  # type: ignore[attr-defined,unused-ignore]
-        self._poll: Any = self._epoll.poll
+        self._wait = wire.waiter(self._epoll)
         self._transports: dict[int, SocketTransport] = {}
         self._keys: dict[int, SelectorKey] = {}
 
@@ -64,11 +62,13 @@ class Poller:
         """
         self.woken = False
         wait = -1.0 if timeout is None else max(0.0, timeout)
-        until = 0.0 if timeout is None else time.monotonic() + wait
+        until = 0.0 if timeout is None else _monotonic() + wait
         ready: list[tuple[SelectorKey, int]] = []
         while True:
-            events: list[tuple[int, int]] = self._poll(wait, _MAX_EVENTS)
-            for fd, mask in events:
+            events: list[Any] = self._wait(wait)
+            for index in range(0, len(events), 2):
+                fd: Any = events[index]  # an object: it is a key
+                mask: int = events[index + 1]
                 transport = self._transports.get(fd)
                 if transport is not None:
                     transport.on_event(mask)
@@ -77,7 +77,7 @@ class Poller:
             if ready or self.woken or not events:
                 return ready
             if timeout is not None:
-                wait = until - time.monotonic()
+                wait = until - _monotonic()
                 if wait <= 0:
                     return ready
 
@@ -155,8 +155,6 @@ class LoopPoller:
     """The same for transports on any other event loop, through ``add_reader`` and ``add_writer``."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.buffer = bytearray(BUFFER_BYTES)
-        self.view = memoryview(self.buffer)
         self._loop = loop
 
     def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:

@@ -9,13 +9,40 @@ import asyncio
 import socket
 from collections import deque
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
+from modelfleet_serving.router import wire
 from modelfleet_serving.router.poller import READABLE, WRITABLE, LoopPoller, Poller
 
 HIGH_WATER: Final = 64 * 1024
-_PIECES: Final = 64
-"""At most written with one call; the kernel's bound is 1,024."""
+_receive: Final = wire.receive
+_transmit: Final = wire.transmit
+_transmit_pieces: Final = wire.transmit_pieces
+
+
+class ByteProtocol:
+    """What a transport tells: asyncio's protocol, as a class whose methods compiled code calls directly."""
+
+    __slots__ = ()
+
+    def connection_made(self, transport: ByteTransport) -> None:
+        """It has a connection."""
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+
+    def eof_received(self) -> bool:
+        """The peer sends no more. Returns whether the connection stays open for what is written."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is over."""
+
+    def pause_writing(self) -> None:
+        """Much waits to be written."""
+
+    def resume_writing(self) -> None:
+        """Not much waits any more."""
 
 
 class SocketTransport:
@@ -39,8 +66,6 @@ class SocketTransport:
         "_paused",
         "_poller",
         "_protocol",
-        "_receive",
-        "_send",
         "_socket",
         "_watched",
     )
@@ -50,7 +75,7 @@ class SocketTransport:
         loop: asyncio.AbstractEventLoop,
         poller: Poller | LoopPoller,
         connected: socket.socket,
-        protocol: Any,
+        protocol: ByteProtocol | asyncio.Protocol,
     ) -> None:
         """Begins: the protocol gets ``connection_made``, then what comes.
 
@@ -58,15 +83,13 @@ class SocketTransport:
             loop: runs what comes later.
             poller: says when the socket is ready.
             connected: non-blocking; the transport closes it.
-            protocol: an ``asyncio.Protocol``.
+            protocol: is told.
         """
         self._loop = loop
         self._poller = poller
         self._socket = connected
-        self._fd = connected.fileno()
-        self._protocol: Any = protocol
-        self._receive: Any = connected.recv_into
-        self._send: Any = connected.send
+        self._fd: Any = connected.fileno()  # an object: nearly every use is a call of C
+        self._protocol: ByteProtocol | asyncio.Protocol = protocol
         self._out: deque[Any] = deque()
         self._out_bytes = 0
         self._watched = 0
@@ -78,7 +101,7 @@ class SocketTransport:
         self._ending = False  # the peer is to see the end of the stream
         self._lost = False  # connection_lost is on its way
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        protocol.connection_made(self)
+        protocol.connection_made(self)  # type: ignore[arg-type]  # asyncio's don't know this transport
         if not self._paused and not self._closing:
             self._watch(READABLE)
 
@@ -99,17 +122,16 @@ class SocketTransport:
                 self._broken(error)
 
     def _read(self) -> None:
-        poller = self._poller
         try:
-            size: int = self._receive(poller.buffer)
-        except (BlockingIOError, InterruptedError):
-            return
+            data = _receive(self._fd)
         except OSError as error:
             self._end(error)
             return
+        if data is None:
+            return
         try:
-            if size:
-                self._protocol.data_received(bytes(poller.view[:size]))
+            if data:
+                self._protocol.data_received(data)
                 return
             self._watch(self._watched & ~READABLE)
             if not self._protocol.eof_received():
@@ -163,9 +185,7 @@ class SocketTransport:
             self._keep(data, len(data))
             return
         try:
-            sent: int = self._send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
+            sent = _transmit(self._fd, data)
         except OSError as error:
             self._end(error)
             return
@@ -173,30 +193,38 @@ class SocketTransport:
         if sent < size:
             self._keep(memoryview(data)[sent:] if sent else data, size - sent)
 
-    def writelines(self, pieces: list[bytes]) -> None:
+    def writelines(self, pieces: list[bytes | memoryview]) -> None:
         """The same for several pieces, without joining them."""
         if self._ending:
             raise RuntimeError("write after write_eof")
         if self._closing:
             return
-        waiting = self._out_bytes
+        sent = 0
+        if not self._out_bytes:
+            try:
+                sent = _transmit_pieces(self._fd, pieces)
+            except OSError as error:
+                self._end(error)
+                return
         for piece in pieces:
-            if piece:
-                self._out.append(piece)
-                self._out_bytes += len(piece)
-        if not waiting:
-            self._flush()
+            size = len(piece)
+            if sent >= size:
+                sent -= size
+            else:
+                self._out.append(memoryview(piece)[sent:] if sent else piece)
+                self._out_bytes += size - sent
+                sent = 0
         if self._out_bytes:
-            self._watch(self._watched | WRITABLE)
-            self._tell()
+            self._kept()
 
     def _keep(self, data: Any, size: int) -> None:
         self._out.append(data)
         self._out_bytes += size
-        self._watch(self._watched | WRITABLE)
-        self._tell()
+        self._kept()
 
-    def _tell(self) -> None:
+    def _kept(self) -> None:
+        """Something waits to be written. The protocol is told last: it may end the connection."""
+        self._watch(self._watched | WRITABLE)
         if not self._full and self._out_bytes > self._high:
             self._full = True
             self._protocol.pause_writing()
@@ -205,14 +233,14 @@ class SocketTransport:
         """Writes what waits, as far as the socket takes it."""
         out = self._out
         while out:
-            pieces = list(islice(out, _PIECES))
+            pieces = list(islice(out, wire.MAX_PIECES))
             try:
-                sent: int = self._socket.sendmsg(pieces)
-            except (BlockingIOError, InterruptedError):
-                break
+                sent = _transmit_pieces(self._fd, pieces)
             except OSError as error:
                 self._end(error)
                 return
+            if not sent:
+                break
             self._out_bytes -= sent
             short = False
             for piece in pieces:
@@ -296,10 +324,11 @@ class SocketTransport:
         self._loop.call_soon(self._tell_lost, error)
 
     def _tell_lost(self, error: Exception | None) -> None:
-        protocol, self._protocol = self._protocol, None
+        protocol, self._protocol = self._protocol, _NOBODY
         try:
             protocol.connection_lost(error)
         finally:
+            self._fd = -1  # the number may be another connection's soon
             self._socket.close()
 
     def get_extra_info(self, name: str, default: object = None) -> object:
@@ -315,3 +344,8 @@ class SocketTransport:
         except OSError:  # the peer is gone
             return default
         return default
+
+
+_NOBODY: Final = ByteProtocol()
+ByteTransport: TypeAlias = SocketTransport | asyncio.Transport
+"""A transport of the data path's own, or an event loop's, which has TLS."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import struct
 import threading
@@ -166,6 +167,63 @@ async def test_abort_drops_what_waits_and_tells_once() -> None:
     await asyncio.sleep(0)
     assert protocol.told == ["pause", "lost"]
     peer.close()
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+async def test_a_protocol_may_end_the_connection_when_much_waits(pieces: int) -> None:
+    class Impatient(Recorder):
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.transport.abort()
+
+    protocol = Impatient()
+    peer = pair(protocol)
+    protocol.transport.writelines([numbers(8 * MEGABYTE)] * pieces)
+    assert protocol.transport.get_write_buffer_size() == 0
+    await protocol.until(lambda: "lost" in protocol.told)
+    assert protocol.told == ["pause", "lost"]
+    protocol.transport.write(b"nobody gets this")
+    protocol.transport.writelines([b"nor", b"this"])
+    protocol.transport.resume_reading()
+    peer.close()
+
+
+async def test_a_closed_connection_touches_no_later_one_with_its_descriptor() -> None:
+    old = Recorder()
+    peer = pair(old)
+    number = old.transport.get_extra_info("socket").fileno()
+    old.transport.close()
+    await old.until(lambda: "lost" in old.told)
+    peer.close()
+    later = Recorder()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    if ours.fileno() != number:
+        os.dup2(ours.fileno(), number)
+        ours.close()
+        ours = socket.socket(fileno=number)
+    ours.setblocking(False)
+    far.setblocking(False)
+    loop = asyncio.get_running_loop()
+    SocketTransport(loop, poller_of(loop), ours, later)
+    for call in (
+        lambda: old.transport.write(b"x"),
+        lambda: old.transport.writelines([b"x", b"y"]),
+        old.transport.pause_reading,
+        old.transport.resume_reading,
+        old.transport.write_eof,
+        old.transport.close,
+        old.transport.abort,
+    ):
+        call()
+    far.send(b"hello")
+    await later.until(lambda: later.data == b"hello")
+    later.transport.write(b"end")
+    assert await read(far, 3) == b"end"
+    later.transport.close()
+    await later.until(lambda: "lost" in later.told)
+    far.close()
 
 
 async def test_the_end_of_what_is_written_comes_after_it_and_reading_goes_on() -> None:

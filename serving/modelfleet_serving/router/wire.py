@@ -1,0 +1,84 @@
+"""The data path's system calls: from C where it is compiled (``wire.c``), otherwise by the standard library.
+
+All are for sockets that don't block. A call that would have to wait, or that a signal interrupted, says so in
+its result; any other failure is an ``OSError``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+compiled: Any = None
+"""``wire.c`` as a module, where that is compiled."""
+with contextlib.suppress(ImportError):
+    from modelfleet_serving.router import _wire
+
+    compiled = _wire
+
+READ_BYTES: Final = 64 * 1024
+MAX_PIECES: Final = 64
+"""Sent with one call at most; the kernel's bound is 1,024."""
+MAX_EVENTS: Final = 512
+
+
+def receive_standard(fd: int, /) -> bytes | None:
+    """:data:`receive` by the standard library."""
+    try:
+        return os.read(fd, READ_BYTES)
+    except (BlockingIOError, InterruptedError):
+        return None
+
+
+def transmit_standard(fd: int, data: Buffer, /) -> int:
+    """:data:`transmit` by the standard library."""
+    try:
+        return os.write(fd, data)
+    except (BlockingIOError, InterruptedError):
+        return 0
+
+
+def transmit_pieces_standard(fd: int, pieces: Sequence[Buffer], /) -> int:
+    """:data:`transmit_pieces` by the standard library."""
+    try:
+        return os.writev(fd, list(islice(pieces, MAX_PIECES)))
+    except (BlockingIOError, InterruptedError):
+        return 0
+
+
+def waiter_standard(epoll: Any) -> Callable[[float], list[int]]:
+    """:func:`waiter` by the standard library."""
+
+    def wait(seconds: float) -> list[int]:
+        return [number for event in epoll.poll(seconds, MAX_EVENTS) for number in event]
+
+    return wait
+
+
+def waiter(epoll: Any) -> Callable[[float], list[int]]:
+    """What waits for the next events of an epoll that stays open.
+
+    It takes seconds, negative for any time, and returns file descriptor and mask of each event in turn, of at
+    most :data:`MAX_EVENTS`: none when the time is over, or a signal came.
+
+    Args:
+        epoll: A ``select.epoll``.
+    """
+    return waiter_standard(epoll) if compiled is None else partial(compiled.wait_ready, epoll.fileno())
+
+
+receive: Final[Callable[[int], bytes | None]] = compiled.receive if compiled else receive_standard
+"""What a socket has: ``None`` for nothing yet, ``b""`` for the end of the stream."""
+transmit: Final[Callable[[int, Buffer], int]] = compiled.transmit if compiled else transmit_standard
+"""Sends; returns how many bytes the socket took, 0 for none now."""
+transmit_pieces: Final[Callable[[int, Sequence[Buffer]], int]] = (
+    compiled.transmit_pieces if compiled else transmit_pieces_standard
+)
+"""Sends the first :data:`MAX_PIECES` pieces, in order, as one; returns how many bytes the socket took."""
