@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_PRIORITY, HEADER_TIMEOUT
+from modelfleet_serving.router.body import MISSING
+from modelfleet_serving.router.digits import read_digits
 from modelfleet_serving.router.errors import RequestError
-from modelfleet_serving.router.routing import prepare_usage
+from modelfleet_serving.router.routing import prepare_usage, streams
 from modelfleet_serving.router.waiting import read_priority
 
 if TYPE_CHECKING:
+    from modelfleet_serving.router.body import Peek
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.request import Request
     from modelfleet_serving.router.tenants import Tenant
@@ -33,7 +36,7 @@ def read_options(exchange: Exchange) -> None:
     if _PRIORITY in special:
         read_priority(exchange)  # refused whether it has to wait or not
     peek = exchange.peek
-    if _KEEP_ALIVE in special and peek is not None and peek.streams:
+    if _KEEP_ALIVE in special and peek is not None and streams(peek):
         exchange.keep_alive_seconds = _seconds(request, HEADER_KEEP_ALIVE)
         exchange.next_comment = exchange.started + exchange.keep_alive_seconds
         if not request.http10:
@@ -50,10 +53,21 @@ def admit(exchange: Exchange, tenant: Tenant) -> None:
     target = exchange.target
     tenant.check(target.name, target.pin)
     peek = exchange.peek
-    output = peek.output_limit if peek is not None else 0
+    output = _output_limit(peek) if peek is not None else 0
     exchange.lease = exchange.worker.tenancy.admit(tenant, exchange.readable, output)
     if tenant.metered:
         prepare_usage(exchange)
+
+
+def _output_limit(peek: Peek) -> int:
+    """Tokens that a body asks for at most; 0 when it doesn't say."""
+    for raw in (peek.max_completion_tokens, peek.max_tokens):
+        if raw is not MISSING:
+            text = bytes(raw)
+            number, end = read_digits(text, 0)
+            if end and end == len(text):
+                return number
+    return 0
 
 
 def _seconds(request: Request, name: str) -> float:

@@ -9,38 +9,24 @@ import msgspec
 
 from modelfleet_serving.router.errors import RequestError
 
-_MISSING: Final = msgspec.Raw(b"")
-_NO: Final = frozenset({b"", b"false", b"null", b"0", b'"false"'})
+MISSING: Final = msgspec.Raw(b"")
+"""A member that isn't there."""
 
 
 class Peek(msgspec.Struct, gc=False):
     """The members of a JSON body that routing looks at; everything else is skipped unparsed."""
 
     model: str | None = None
-    stream: msgspec.Raw = _MISSING
-    messages: msgspec.Raw = _MISSING
-    prompt: msgspec.Raw = _MISSING
-    input: msgspec.Raw = _MISSING
-    system: msgspec.Raw = _MISSING
-    tools: msgspec.Raw = _MISSING
-    stream_options: msgspec.Raw = _MISSING
-    previous_response_id: msgspec.Raw = _MISSING
-    max_tokens: msgspec.Raw = _MISSING
-    max_completion_tokens: msgspec.Raw = _MISSING
-
-    @property
-    def streams(self) -> bool:
-        """Whether it asks for a stream, by the same lenient reading that engines apply."""
-        return bytes(self.stream) not in _NO
-
-    @property
-    def output_limit(self) -> int:
-        """Tokens that it wants at most; 0 when it doesn't say."""
-        for raw in (self.max_completion_tokens, self.max_tokens):
-            text = bytes(raw)
-            if text.isdigit():
-                return int(text[:12])
-        return 0
+    stream: msgspec.Raw = MISSING
+    messages: msgspec.Raw = MISSING
+    prompt: msgspec.Raw = MISSING
+    input: msgspec.Raw = MISSING
+    system: msgspec.Raw = MISSING
+    tools: msgspec.Raw = MISSING
+    stream_options: msgspec.Raw = MISSING
+    previous_response_id: msgspec.Raw = MISSING
+    max_tokens: msgspec.Raw = MISSING
+    max_completion_tokens: msgspec.Raw = MISSING
 
 
 _decode: Final = msgspec.json.Decoder(Peek).decode
@@ -56,7 +42,7 @@ _PARAMETER: Final = re.compile(rb';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^
 _MAX_PARTS: Final = 256
 
 
-def peek_json(body: bytes) -> Peek:
+def peek_json(body: bytes | memoryview) -> Peek:
     """The routing members of a JSON body.
 
     Raises:

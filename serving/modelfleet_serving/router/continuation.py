@@ -45,8 +45,9 @@ from typing import Any, Final
 
 import msgspec
 
+from modelfleet_serving.router.policy.delivered import Delivered
 from modelfleet_serving.router.policy.events import DONE, EventSplitter, data_of
-from modelfleet_serving.router.policy.recorder import MAX_TEXT, Delivered, Recorder
+from modelfleet_serving.router.policy.recorder import MAX_TEXT, Recorder
 from modelfleet_serving.router.policy.stream_usage import ask_usage, may_hold_usage, strip_usage
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.contract import Affinity
 from modelfleet_serving.router.affinity import (
@@ -19,6 +19,9 @@ from modelfleet_serving.router.health import Circuit, Failure, State, limit_of
 from modelfleet_serving.router.table import EndpointRef, VariantRef
 from modelfleet_serving.router.waiting import WaitingRoom
 
+_NONE: Final = Affinity.NONE  # looked up once, as in routing
+_PREFIX: Final = Affinity.PREFIX
+
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.worker import Worker
@@ -33,6 +36,7 @@ class Dispatcher:
         load = SharedLoadView(counters.cells, counters.reading, counters.workers)
         prefixes = PrefixAffinity(load, rng, PrefixTable(counters.prefixes))
         self._loop = worker.loop
+        self._now = worker.now
         self._max_attempts = worker.settings.max_attempts
         self._cells = counters.cells
         self._reading = counters.reading
@@ -50,12 +54,12 @@ class Dispatcher:
         """
         target = exchange.target
         model = target.model
-        if exchange.request.steered and model.affinity is not Affinity.NONE:
+        if exchange.request.steered and model.affinity is not _NONE:
             session = exchange.request.special.get(b"x-modelfleet-session")
             if session is not None:
                 exchange.session = session_key(session, target.seed(exchange.salt))
         self.draw(exchange)
-        model.budget.request(self._loop.time())
+        model.budget.request(self._now())
         endpoint = self.pick(exchange)
         if endpoint is None:
             self.waiting.enter(exchange)
@@ -106,7 +110,7 @@ class Dispatcher:
         exchange.prompt_read = True
         peek = exchange.peek
         target = exchange.target
-        if peek is not None and exchange.operation.generates and target.model.affinity is Affinity.PREFIX:
+        if peek is not None and exchange.operation.generates and target.model.affinity is _PREFIX:
             raw = peek.messages or peek.prompt or peek.input
             tools, system = peek.tools, peek.system
             before = (tools, system) if tools or system else ()
@@ -123,7 +127,7 @@ class Dispatcher:
         if exchange.endpoint is not None:
             exchange.tried.append(exchange.endpoint)
         other = self.pick(exchange)
-        if other is None or unsent or exchange.target.model.budget.take(self._loop.time()):
+        if other is None or unsent or exchange.target.model.budget.take(self._now()):
             return other
         return None
 
@@ -168,7 +172,7 @@ class Dispatcher:
     def failed(self, endpoint: EndpointRef, failure: Failure) -> None:
         """The engine failed a request or a health check."""
         variant = endpoint.variant
-        if variant.health.failed(endpoint.circuit, failure, self._loop.time()):
+        if variant.health.failed(endpoint.circuit, failure, self._now()):
             variant.stats.ejections += 1
             self._sick.add(variant)
             self._changed(endpoint)

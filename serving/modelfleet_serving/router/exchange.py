@@ -9,8 +9,10 @@ from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.admission import admit, read_options
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
 from modelfleet_serving.router.api import Kind, Operation, find_operation
+from modelfleet_serving.router.digits import write_digits
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
+from modelfleet_serving.router.relay import TunnelRelay
 from modelfleet_serving.router.reply import Reply
 from modelfleet_serving.router.request import MAX_REQUEST_ID
 from modelfleet_serving.router.routing import find_target
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.upstream import UpstreamConnection
 
 _NEVER: Final = math.inf
+_STORED: Final = Kind.STORED  # looked up once, as in routing
 _JOIN_LIMIT: Final = 64 * 1024
 """Bytes of a body that are cheaper copied behind the head than sent as a piece of their own."""
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503, 504})
@@ -104,7 +107,7 @@ class Exchange:
         self.started = request.received_at
         self.routed = self.finished = self.tunnel = self.prompt_read = self.strip_usage = False
         self.fresh_retry = False
-        self.body = request.body
+        self.body: bytes | memoryview = b""
         self.order: tuple[VariantRef, ...] = ()
         self.tried: list[EndpointRef] = []
         self.attempts = self.reading = self.readable = 0
@@ -140,22 +143,22 @@ class Exchange:
                 builtin.answer(self)
                 return
             self.operation = operation
-            if request.method != b"POST" or operation.kind is Kind.STORED:
+            if request.method != b"POST" or operation.kind is _STORED:
                 builtin.check_method(request, operation)
-            if operation.kind is Kind.STORED:
+            if operation.kind is _STORED:
                 self.holder = find_stored(self)
                 self.target = worker.table.resolve(self.holder.variant.model.name)
             else:
                 self.target = find_target(self)
             self.routed = True
-            self.readable = readable_bytes(request.body)
+            self.readable = readable_bytes(request.data, request.start)
             if request.steered:
                 read_options(self)
             if self.tenant is not None:
                 admit(self, self.tenant)
-            self.body = request.body
+            self.body = request.payload
             worker.active.add(self)
-            if operation.kind is Kind.STORED and self.holder is not None:
+            if operation.kind is _STORED and self.holder is not None:
                 worker.dispatcher.assign(self, self.holder)
             else:
                 worker.dispatcher.dispatch(self)
@@ -191,7 +194,7 @@ class Exchange:
         worker = self.worker
         self.upstream = connection
         connection.exchange = self
-        deadline = worker.loop.time() + worker.settings.first_byte_timeout
+        deadline = worker.now() + worker.settings.first_byte_timeout
         self.deadline = min(deadline, self.expires)
         request = self.request
         body = self.body
@@ -199,7 +202,7 @@ class Exchange:
         if request.upgrades:
             framing = b"connection: upgrade\r\nupgrade: websocket\r\nx-request-id: "
         else:
-            framing = b"content-length: %d\r\nx-request-id: " % len(body)
+            framing = b"".join((b"content-length: ", write_digits(len(body)), b"\r\nx-request-id: "))
         head = [
             request.method,
             b" ",
@@ -212,11 +215,12 @@ class Exchange:
             self.request_id,
             b"\r\n\r\n",
         ]
-        if len(body) <= _JOIN_LIMIT:
+        if isinstance(body, bytes) and len(body) <= _JOIN_LIMIT:
             head.append(body)
             connection.transport.write(b"".join(head))
         else:
-            connection.transport.writelines([b"".join(head), body])
+            pieces: list[bytes | memoryview] = [b"".join(head), body]
+            connection.transport.writelines(pieces)
 
     # --- From engine to client ---
 
@@ -238,7 +242,7 @@ class Exchange:
             if failover.try_elsewhere(self, connection, head.status):
                 return
         else:
-            worker.dispatcher.succeeded(endpoint, worker.loop.time())
+            worker.dispatcher.succeeded(endpoint, worker.now())
         worker.dispatcher.begun(self, endpoint)
         self.deadline = self.expires
         reply = self.reply
@@ -271,7 +275,7 @@ class Exchange:
         reply = self.reply
         if (
             reply is not None
-            and connection.body is not None
+            and connection.relay is not None
             and reply.relay is not None
             and reply.relay.eof()
         ):
@@ -361,7 +365,7 @@ class Exchange:
     def on_client_drained(self) -> None:
         """The client has caught up."""
         if self.reply is not None:
-            self.reply.chunk_time = self.worker.loop.time()
+            self.reply.chunk_time = self.worker.now()
         if self.upstream is not None:
             self.upstream.resume()
 
@@ -380,7 +384,7 @@ class Exchange:
         self.tunnel = True
         self.request.keep_alive = False
         self.client.transport.write(start)
-        connection.body = self.client.transport.write
+        connection.relay = TunnelRelay(self.client.transport)
         early = self.client.take_early()
         if early:
             connection.transport.write(early)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -12,9 +11,11 @@ from modelfleet_serving.router.api import OPERATIONS, Kind
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.known_heads import Curiosity, KnownRequest, pattern_of, worth_knowing
 from modelfleet_serving.router.request import HEADER_CODES, Request
+from modelfleet_serving.router.transport import ByteProtocol
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.transport import ByteTransport
     from modelfleet_serving.router.worker import Worker
 
 _SMALL_BODY: Final = 64 * 1024
@@ -23,10 +24,12 @@ _MAX_TRAILERS: Final = 64
 _MAX_FRAMING: Final = 1024 * 1024
 _FRAMING_RATIO: Final = 16
 """Bytes on the wire for one of a body that may come in chunks of one byte, beyond the first MiB."""
+_COPIED: Final = 8 * 1024
+"""A body up to this size is cut out of what came with it: that costs less than a view of it."""
 NEVER: Final = float("inf")
 
 
-class RequestReader:
+class RequestReader(ByteProtocol):
     """The reading half of a client's connection.
 
     Attributes:
@@ -58,7 +61,7 @@ class RequestReader:
         "worker",
     )
 
-    transport: asyncio.Transport
+    transport: ByteTransport
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -85,7 +88,7 @@ class RequestReader:
             elif self.request is not None or self.pending or self.exchange is not None:
                 self._parse(data)
             elif known is not None and known.pattern.match(data) and self._begin_known(known):
-                self._feed_body(data[known.pattern.end :])
+                self._begin_body(data, known.pattern.end)
             else:
                 self._parse(data)
                 self._learn(data)
@@ -115,15 +118,26 @@ class RequestReader:
         ):
             self._known = None
             return False
-        request = known.again(worker.loop.time())
+        request = known.again(worker.now())
         self._curiosity.satisfied()
         self._left = length
         self.request = request
         self.deadline = request.received_at + settings.body_timeout
         return True
 
+    def _begin_body(self, data: bytes, start: int) -> None:
+        """Reads the body of a request whose head was known, from where that ended."""
+        request = self.request
+        if request is not None and len(data) - start == self._left > _COPIED:
+            self._left = 0
+            self._count_body(request, len(data) - start)
+            request.take_body(data, start)
+            self.on_message_complete()
+        else:
+            self._feed_body(data[start:])
+
     def _feed_body(self, data: bytes) -> None:
-        """Reads the body of a request whose head was known."""
+        """Reads the body of a request whose head was known, or more of it."""
         left = self._left - len(data)
         if left >= 0:
             self._left = left
@@ -160,7 +174,7 @@ class RequestReader:
         """A request starts."""
         if self._synthetic:
             return
-        self.request = Request(self.worker.loop.time())
+        self.request = Request(self.worker.now())
 
     def on_url(self, url: bytes) -> None:
         """Its target, perhaps in pieces."""
@@ -214,16 +228,19 @@ class RequestReader:
         """A piece of its body."""
         request = self.request
         assert request is not None  # noqa: S101 - the parser has begun a message
-        request.size += len(data)
+        self._count_body(request, len(data))
+        request.parts.append(data)
+
+    def _count_body(self, request: Request, size: int) -> None:
+        request.size += size
         if request.size > self.worker.settings.max_body_bytes:
             raise self._too_large()
         # What has come counts, not what was announced: that would let a few idle clients use up the limit.
-        request.held += len(data)
-        self._held += len(data)
-        self.worker.buffered += len(data)
+        request.held += size
+        self._held += size
+        self.worker.buffered += size
         if self.worker.buffered > self.worker.settings.max_buffered_bytes:
             raise _overloaded()
-        request.parts.append(data)
 
     def on_message_complete(self) -> None:
         """The request is whole."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from modelfleet_serving.router.digits import read_digits
 from modelfleet_serving.router.request import Request
 from modelfleet_serving.router.response import ResponseHead
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.tenants import Tenant
 
 _LENGTH: Final = b"\r\ncontent-length:"
-_MAX_DIGITS: Final = 10
 _MAX_HEAD: Final = 4096
 """Bytes of a head that is worth keeping for a connection."""
 _PATIENCE: Final = 16
@@ -31,12 +31,13 @@ class HeadPattern:
         length: of its body.
     """
 
-    __slots__ = ("_after", "_before", "_start", "end", "length")
+    __slots__ = ("_after", "_before", "_size", "_start", "end", "length")
 
     def __init__(self, before: bytes, after: bytes) -> None:
         self._before = before
         self._after = after
         self._start = len(before)
+        self._size = len(after)
         self.end = self.length = 0
 
     def match(self, data: bytes) -> bool:
@@ -44,16 +45,13 @@ class HeadPattern:
         if not data.startswith(self._before):
             return False
         start = self._start
-        stop = data.find(b"\r", start, start + _MAX_DIGITS + 1)
+        length, stop = read_digits(data, start)
         # Spaces behind the digits belong to what must be equal.
-        after = self._after
-        if stop < 0 or not data.startswith(after, stop):
+        end = stop + self._size
+        if stop == start or data[stop:end] != self._after:
             return False
-        digits = data[start:stop]
-        if not digits.isdigit():
-            return False
-        self.length = int(digits)
-        self.end = stop + len(after)
+        self.length = length
+        self.end = end
         return True
 
 

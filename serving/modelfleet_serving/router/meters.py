@@ -25,7 +25,8 @@ class Distribution:
 
     def observe(self, value: float) -> None:
         """Counts one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
+        bucket: int = bisect_left(self._bounds, value)
+        self._counts[bucket] += 1
         self._sum += value
 
     def histogram(self) -> Histogram:

@@ -6,13 +6,16 @@ events, so that an error, a comment or another replica's continuation can follow
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.continuation import Splice, may_hold_usage
 from modelfleet_serving.router.response import ChunkScanner, FramingError, is_one_chunk
+from modelfleet_serving.router.usage import KEY as USAGE_KEY
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.reply import Reply
+    from modelfleet_serving.router.transport import ByteTransport
 
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 _MAX_ERROR_BYTES: Final = 64 * 1024
@@ -25,7 +28,21 @@ def frame(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-class SizedRelay:
+class Relay(ABC):
+    """Takes the bytes of an answer's body."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def feed(self, data: bytes) -> None:
+        """Passes on what belongs to the body."""
+
+    def eof(self) -> bool:
+        """Whether the end of the connection is the end of the body: then it is passed on."""
+        return False
+
+
+class SizedRelay(Relay):
     """A body of known length, or one without: that ends with the connection."""
 
     __slots__ = ("_left", "_reply")
@@ -45,12 +62,8 @@ class SizedRelay:
         else:
             self._reply.write_last(data[:left], reusable=False)
 
-    def eof(self) -> bool:
-        """Whether the end of the connection is the end of the body."""
-        return False
 
-
-class ChunkedRelay:
+class ChunkedRelay(Relay):
     """A chunked body that is no stream of events, to a client that takes chunks."""
 
     __slots__ = ("_reply", "_scanner")
@@ -67,12 +80,8 @@ class ChunkedRelay:
         else:
             self._reply.write_last(data[:end], reusable=end == len(data))
 
-    def eof(self) -> bool:
-        """A chunked body ends with its last chunk only."""
-        return False
 
-
-class PlainRelay:
+class PlainRelay(Relay):
     """Any body to a client without chunks (HTTP/1.0), or one that ends with the engine's connection."""
 
     __slots__ = ("_chunked_out", "_reply", "_scanner")
@@ -107,7 +116,7 @@ class PlainRelay:
         return True
 
 
-class EventRelay:
+class EventRelay(Relay):
     """A stream of server-sent events, cut between events only."""
 
     __slots__ = ("_chunked_out", "_pending", "_reply", "_scanner")
@@ -125,19 +134,20 @@ class EventRelay:
             self._split(data, -1, reusable=False)
             return
         reply = self._reply
+        usage = USAGE_KEY in data
         if (
             self._chunked_out
             and not self._pending
             and scanner.at_boundary
-            and not (reply.strip_usage and may_hold_usage(data))
+            and not (usage and reply.strip_usage and may_hold_usage(data))
         ):
             if data.endswith(b"\n\n\r\n") and is_one_chunk(data):
-                reply.write_events(data)
+                reply.write_events(data, usage=usage)
                 return
             end = scanner.feed(data)
             if end < 0:
                 if data.endswith(_EVENT_ENDS) and scanner.at_boundary:
-                    reply.write_events(data)
+                    reply.write_events(data, usage=usage)
                     return
             elif end == len(data):
                 reply.write_last(data, reusable=True)
@@ -161,7 +171,7 @@ class EventRelay:
             last = LAST_CHUNK if self._chunked_out else b""
             self._reply.write_last(self._frame(events) + last, reusable=reusable)
         elif events:
-            self._reply.write_events(self._frame(events))
+            self._reply.write_events(self._frame(events), usage=USAGE_KEY in events)
 
     def _frame(self, payload: bytes) -> bytes:
         return frame(payload) if payload and self._chunked_out else payload
@@ -174,7 +184,7 @@ class EventRelay:
         return True
 
 
-class SpliceRelay:
+class SpliceRelay(Relay):
     """The stream of an engine that goes on for one that died, made into the rest of the client's stream."""
 
     __slots__ = ("_chunked_out", "_reply", "_scanner", "_splice")
@@ -199,7 +209,8 @@ class SpliceRelay:
         if self._reply.strip_usage and may_hold_usage(events):
             events = self._reply.without_usage(events)
         if events:
-            self._reply.write_events(frame(events) if self._chunked_out else events)
+            framed = frame(events) if self._chunked_out else events
+            self._reply.write_events(framed, usage=USAGE_KEY in events)
         if end >= 0:
             self._reply.write_last(LAST_CHUNK if self._chunked_out else b"", reusable=end == len(data))
 
@@ -211,7 +222,7 @@ class SpliceRelay:
         return True
 
 
-class ErrorRelay:
+class ErrorRelay(Relay):
     """An answer that is no stream, for a client whose stream was opened before: it becomes an event."""
 
     __slots__ = ("_left", "_parts", "_reply", "_room", "_scanner")
@@ -252,3 +263,17 @@ def _last_event_end(payload: bytes) -> int:
     plain = payload.rfind(b"\n\n")
     crlf = payload.rfind(b"\r\n\r\n")
     return max(plain + 2 if plain >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
+
+
+class TunnelRelay(Relay):
+    """What comes after a switch of protocols."""
+
+    __slots__ = ("_transport",)
+
+    def __init__(self, transport: ByteTransport) -> None:
+        """``transport`` is the client's."""
+        self._transport = transport
+
+    def feed(self, data: bytes) -> None:
+        """Passes everything on."""
+        self._transport.write(data)

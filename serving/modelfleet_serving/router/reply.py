@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from modelfleet_serving.contract import HEADER_FALLBACK
 from modelfleet_serving.router.api import Kind
 from modelfleet_serving.router.continuation import Recorder, Splice, strip_usage
+from modelfleet_serving.router.digits import write_digits
 from modelfleet_serving.router.errors import RequestError, error_object
 from modelfleet_serving.router.relay import (
     LAST_CHUNK,
@@ -14,6 +15,7 @@ from modelfleet_serving.router.relay import (
     ErrorRelay,
     EventRelay,
     PlainRelay,
+    Relay,
     SizedRelay,
     SpliceRelay,
     frame,
@@ -25,6 +27,7 @@ from modelfleet_serving.router.usage import read_usage
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.response import ResponseHead
+    from modelfleet_serving.router.transport import ByteTransport
     from modelfleet_serving.router.upstream import UpstreamConnection
 
 _CONTINUABLE = (Kind.CHAT, Kind.COMPLETION)
@@ -74,16 +77,14 @@ class Reply:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.transport = exchange.client.transport
+        self.transport: ByteTransport = exchange.client.transport
         self.status = 0
         self.events = self.opened = False
         self.strip_usage = exchange.strip_usage
         self.first_byte: float | None = None
         self.chunk_time = 0.0
         self.usage: tuple[int, int] | None = None
-        self.relay: SizedRelay | ChunkedRelay | PlainRelay | EventRelay | SpliceRelay | ErrorRelay | None = (
-            None
-        )
+        self.relay: Relay | None = None
         self.recorder: Recorder | None = None
         self.splice: Splice | None = None
         self._first_usage = self._last_usage = self._tail = b""
@@ -119,7 +120,7 @@ class Reply:
         """Passes on an engine's head and what came of the body with it."""
         exchange = self.exchange
         worker = exchange.worker
-        now = worker.loop.time()
+        now = worker.now()
         endpoint = connection.endpoint
         self.stats = endpoint.variant.stats
         connection.stays = head.keep_alive and not exchange.request.upgrades
@@ -158,7 +159,7 @@ class Reply:
             self.write_last(start + rest, reusable=True)
         else:
             self.transport.write(start)
-            connection.body = self.relay.feed
+            connection.relay = self.relay
             if rest:
                 self.relay.feed(rest)
         if exchange.operation.stores and head.status == 200:
@@ -171,7 +172,7 @@ class Reply:
         else:
             self.relay = EventRelay(self, chunked_in=head.chunked, chunked_out=True)
             self._record(chunked=True)
-        connection.body = self.relay.feed
+        connection.relay = self.relay
         if rest or not head.length:
             self.relay.feed(rest)
 
@@ -185,7 +186,7 @@ class Reply:
         http10 = self.exchange.request.http10
         self.relay = SpliceRelay(self, splice, chunked_in=head.chunked, chunked_out=not http10)
         self.stats.continued += 1
-        connection.body = self.relay.feed
+        connection.relay = self.relay
         if rest:
             self.relay.feed(rest)
 
@@ -202,7 +203,7 @@ class Reply:
         if head.length >= 0:
             self.relay = SizedRelay(self, head.length) if head.length else None
             if stays and not http10:
-                return b"\r\ncontent-length: %d\r\n" % head.length
+                return b"".join((b"\r\ncontent-length: ", write_digits(head.length), b"\r\n"))
             word = b"keep-alive" if stays else b"close"
             return b"\r\nconnection: %b\r\ncontent-length: %d\r\n" % (word, head.length)
         if head.events:
@@ -226,16 +227,16 @@ class Reply:
         if USAGE_KEY in read:
             self._last_usage = read[read.rfind(USAGE_KEY) :][:_USAGE_BYTES]
         self._tail = read[-_USAGE_BYTES:]
-        self.chunk_time = self.exchange.worker.loop.time()
+        self.chunk_time = self.exchange.worker.now()
         self.transport.write(data)
 
-    def write_events(self, data: bytes) -> None:
-        """Passes whole events on."""
-        now = self.exchange.worker.loop.time()
+    def write_events(self, data: bytes, *, usage: bool) -> None:
+        """Passes whole events on; ``usage`` says whether one may tell it."""
+        now = self.exchange.worker.now()
         self.stats.gap.observe(now - self.chunk_time)
         self.chunk_time = now
         self.pieces += 1
-        if USAGE_KEY in data:
+        if usage:
             if not self._last_usage:
                 self._first_usage = data
             self._last_usage = data

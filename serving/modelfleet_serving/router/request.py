@@ -73,8 +73,8 @@ class Request:
         lines: end-to-end headers as alternating name, separator, value and line end.
         joined: the same in one piece, where that is known.
         special: values of the headers the router knows, by lower-case name.
+        data: holds the body, which begins at ``start``.
         length: of the body as announced, -1 when it comes in chunks.
-        body: the whole body, once it is complete.
         size: of the body that has come so far.
         wire: bytes that have come of it all, framing included.
         held: bytes of it that count against the worker's limit.
@@ -95,7 +95,6 @@ class Request:
     size = 0
     wire = 0
     held = 0
-    body = b""
     joined = b""
     steered = False
     """Has a header that is meant for the router, beside its credentials."""
@@ -109,6 +108,34 @@ class Request:
         self.special: dict[bytes, bytes] = {}
         self.parts: list[bytes] = []
         self.nominated: list[bytes] = []
+        self.data = b""
+        self.start = 0
+        self._view: memoryview | None = None
+
+    @property
+    def body(self) -> bytes:
+        """The whole body, once it is complete."""
+        if self.start:
+            self.body = self.data[self.start :]
+        return self.data
+
+    @body.setter
+    def body(self, body: bytes) -> None:
+        self.data = body
+        self.start = 0
+        self._view = None
+
+    @property
+    def payload(self) -> bytes | memoryview:
+        """The same, without copying what is large."""
+        view = self._view
+        return self.data if view is None else view
+
+    def take_body(self, data: bytes, start: int) -> None:
+        """Takes a body that came in one piece with its head: all of ``data`` from ``start`` on."""
+        self.data = data
+        self.start = start
+        self._view = memoryview(data)[start:]
 
     def take_header(self, code: int, key: bytes, name: bytes, value: bytes) -> None:
         """Takes a header that the router knows.

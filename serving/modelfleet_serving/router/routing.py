@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.api import Kind
-from modelfleet_serving.router.body import multipart_model, peek_json, replace_model
+from modelfleet_serving.router.body import MISSING, multipart_model, peek_json, replace_model
 from modelfleet_serving.router.builtin import query_value
 from modelfleet_serving.router.continuation import ask_usage
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.table import Target
 
 if TYPE_CHECKING:
+    from modelfleet_serving.router.body import Peek
     from modelfleet_serving.router.exchange import Exchange
 
+_NO: Final = frozenset({b"", b"false", b"null", b"0", b'"false"'})
 _IDENTITY: Final = b"identity"
+# Looked up once: before Python 3.12 a member of an enumeration is found by way of an exception.
+_MULTIPART: Final = Kind.MULTIPART
+_WEBSOCKET: Final = Kind.WEBSOCKET
 _STREAMED: Final = (Kind.CHAT, Kind.COMPLETION)
 
 
@@ -31,13 +36,13 @@ def find_target(exchange: Exchange) -> Target:
         raise RequestError(415, message, code="unsupported_content_encoding")
     kind = exchange.operation.kind
     span: tuple[int, int] | None = None
-    if kind is Kind.MULTIPART:
+    if kind is _MULTIPART:
         span = multipart_model(request.body, request.special.get(b"content-type", b""))
         name: str | None = request.body[span[0] : span[1]].decode("utf-8", "replace")
-    elif kind is Kind.WEBSOCKET:
+    elif kind is _WEBSOCKET:
         name = query_value(request.query, b"model") or request.text("x-modelfleet-model")
     else:
-        peek = exchange.peek = peek_json(request.body)
+        peek = exchange.peek = peek_json(request.payload)
         name = peek.model
         if exchange.operation.stores and peek.previous_response_id:
             _find_previous(exchange, bytes(peek.previous_response_id))
@@ -48,7 +53,7 @@ def find_target(exchange: Exchange) -> Target:
     if pin is not None:
         target = _pin(target, pin.strip().decode("latin-1"))
     if target.name != name:
-        if kind is Kind.WEBSOCKET:
+        if kind is _WEBSOCKET:
             request.target = request.path + b"?" + _rename_in_query(request.query, target.name)
         elif span is not None:
             before, after = request.body[: span[0]], request.body[span[1] :]
@@ -79,10 +84,15 @@ def _rename_in_query(query: bytes, name: str) -> bytes:
     )
 
 
+def streams(peek: Peek) -> bool:
+    """Whether a body asks for a stream, by the same lenient reading that engines apply."""
+    return peek.stream is not MISSING and bytes(peek.stream) not in _NO
+
+
 def prepare_usage(exchange: Exchange) -> None:
     """Makes a stream tell what it used, where its client did not ask for that."""
     peek = exchange.peek
-    if peek is None or not peek.streams or exchange.operation.kind not in _STREAMED:
+    if peek is None or not streams(peek) or exchange.operation.kind not in _STREAMED:
         return
     request = exchange.request
     request.body, exchange.strip_usage = ask_usage(request.body, bytes(peek.stream_options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -11,6 +10,7 @@ from modelfleet_serving.router.exchange import Exchange
 from modelfleet_serving.router.incoming import NEVER, RequestReader
 
 if TYPE_CHECKING:
+    from modelfleet_serving.router.transport import ByteTransport
     from modelfleet_serving.router.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ class ClientConnection(RequestReader):
 
     # --- Transport callbacks ---
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: ByteTransport) -> None:
         """Takes a new connection."""
-        self.transport = transport  # type: ignore[assignment]
+        self.transport = transport
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         worker = self.worker
         if worker.access_log is not None:
@@ -53,7 +53,7 @@ class ClientConnection(RequestReader):
             worker.loop.call_later(_LINGER_SECONDS, self.transport.abort)
             return
         worker.clients.add(self)
-        self.deadline = self.worker.loop.time() + self.worker.settings.header_timeout
+        self.deadline = self.worker.now() + self.worker.settings.header_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason makes no difference
         """Ends what runs for a client that is gone."""
@@ -97,7 +97,7 @@ class ClientConnection(RequestReader):
     def pause_writing(self) -> None:
         """The client reads slowly: so does the router."""
         self.full = True
-        self.full_since = self.worker.loop.time()
+        self.full_since = self.worker.now()
         if self.exchange is not None:
             self.exchange.on_client_full()
 
@@ -129,7 +129,7 @@ class ClientConnection(RequestReader):
         if self.pending:
             self.worker.loop.call_soon(self._resume_pipeline)
             return
-        now = self.worker.loop.time()
+        now = self.worker.now()
         self.deadline = now + self.worker.settings.keepalive_timeout
         request = self.request
         if request is not None:
@@ -185,7 +185,7 @@ class ClientConnection(RequestReader):
             return
         if self.transport.can_write_eof():
             self.transport.write_eof()
-            self.deadline = self.worker.loop.time() + _LINGER_SECONDS
+            self.deadline = self.worker.now() + _LINGER_SECONDS
         else:
             self.transport.close()
 

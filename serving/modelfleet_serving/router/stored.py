@@ -9,7 +9,6 @@ like prefixes, ids that were not used for a long time are forgotten. Tenants fin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
@@ -18,6 +17,7 @@ from modelfleet_serving.router.api import STORED_PREFIX
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.policy.fingerprint import seed_of
 from modelfleet_serving.router.policy.prefix_table import PrefixTable
+from modelfleet_serving.router.relay import Relay
 from modelfleet_serving.router.table import EndpointRef, Table
 
 if TYPE_CHECKING:
@@ -91,22 +91,21 @@ def find_stored(exchange: Exchange) -> EndpointRef:
 
 def remember(exchange: Exchange, connection: UpstreamConnection, begun: bytes) -> None:
     """Reads the id of the response that an engine is making, from what came of it and what still comes."""
-    reader = _IdReader(exchange, connection.endpoint, connection.body)
-    if not reader.look(begun) and connection.body is not None and not exchange.finished:
-        connection.body = reader.feed
+    relay = connection.relay
+    reader = _IdReader(exchange, connection.endpoint, relay)
+    if not reader.look(begun) and relay is not None and not exchange.finished:
+        connection.relay = reader
 
 
-class _IdReader:
+class _IdReader(Relay):
     """Passes an answer's bytes on, and looks for the id among the first of them."""
 
-    __slots__ = ("_begun", "_body", "_endpoint", "_exchange")
+    __slots__ = ("_begun", "_endpoint", "_exchange", "_relay")
 
-    def __init__(
-        self, exchange: Exchange, endpoint: EndpointRef, body: Callable[[bytes], None] | None
-    ) -> None:
+    def __init__(self, exchange: Exchange, endpoint: EndpointRef, relay: Relay | None) -> None:
         self._exchange = exchange
         self._endpoint = endpoint
-        self._body = body
+        self._relay = relay
         self._begun = b""
 
     def look(self, data: bytes) -> bool:
@@ -119,9 +118,9 @@ class _IdReader:
 
     def feed(self, data: bytes) -> None:
         """Takes a piece of the body."""
-        body = self._body
-        assert body is not None  # noqa: S101 - it was there when this was put before it
+        relay = self._relay
+        assert relay is not None  # noqa: S101 - it was there when this was put before it
         connection = self._exchange.upstream
         if self.look(data) and connection is not None:
-            connection.body = body
-        body(data)
+            connection.relay = relay
+        relay.feed(data)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from modelfleet_serving.router.counters import Counters
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.key_files import read_key_documents
+from modelfleet_serving.router.policy.load import estimate_tokens
 from modelfleet_serving.router.request import Request
 from modelfleet_serving.router.tenants import (
     KeysError,
@@ -17,7 +19,6 @@ from modelfleet_serving.router.tenants import (
     Lease,
     Quotas,
     Tenant,
-    estimate_tokens,
     parse_keys,
 )
 
@@ -54,7 +55,7 @@ class Tenancy:
             KeysError: when there are none to start with.
         """
         self._path = Path(path) if path else None
-        self._loop = loop
+        self._now: Callable[[], float] = loop.time
         self._keys: KeyTable | None = None
         self._documents: dict[str, bytes] = {}
         self.generation = 0
@@ -85,7 +86,7 @@ class Tenancy:
             RequestError: 429.
         """
         return self._quotas.admit(
-            tenant, self._loop.time(), input_tokens=estimate_tokens(size), output_tokens=output_tokens
+            tenant, self._now(), input_tokens=estimate_tokens(size), output_tokens=output_tokens
         )
 
     async def follow(self) -> None:

@@ -49,6 +49,7 @@ import yaml
 
 from modelfleet_serving.router.holding import NORMAL, PriorityError, parse_priority
 from modelfleet_serving.router.policy.key_table import LOOKUP, KeyTable, Tenant
+from modelfleet_serving.router.policy.load import estimate_tokens
 from modelfleet_serving.router.policy.quota import RATES, Lease, Quotas, TenantRows
 
 __all__ = [
@@ -70,7 +71,6 @@ _FIELD: Final = re.compile(r"[A-Za-z]{1,32}")
 _PREFIX: Final = "mf-"
 _HASH: Final = re.compile(r"sha256:([0-9a-f]{64})")
 _HIGHEST: Final = 5
-_BYTES_PER_TOKEN: Final = 4
 
 
 class KeysError(ValueError):
@@ -85,11 +85,6 @@ def generate_key() -> str:
 def hash_key(key: str) -> str:
     """What stands in the file for a key."""
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
-
-
-def estimate_tokens(size: int) -> int:
-    """Tokens that a body of so many bytes probably has, for the reservation."""
-    return size // _BYTES_PER_TOKEN
 
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]

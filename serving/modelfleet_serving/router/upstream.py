@@ -12,54 +12,57 @@ from typing import TYPE_CHECKING, Final, cast
 from modelfleet_serving.router.response import FramingError, ResponseHead
 from modelfleet_serving.router.sockets import connect
 from modelfleet_serving.router.tls import engine_context
+from modelfleet_serving.router.transport import ByteProtocol
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
     from modelfleet_serving.router.poller import LoopPoller, Poller
+    from modelfleet_serving.router.relay import Relay
     from modelfleet_serving.router.table import EndpointRef
+    from modelfleet_serving.router.transport import ByteTransport
 
 _log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES: Final = 256 * 1024
 
 
-class UpstreamConnection:
+class UpstreamConnection(ByteProtocol):
     """One connection to an engine: a protocol of asyncio. Carries one request at a time.
 
     Attributes:
         exchange: the request that it carries, or ``None`` while it is idle.
-        body: takes the bytes of an answer's body; set by the exchange once it has the head.
+        relay: takes the bytes of an answer's body; set by the exchange once it has the head.
         reused: it has carried a request before: the engine may close it just when another one is sent.
         stays: the engine keeps it open after the current answer.
     """
 
     __slots__ = (
         "_buffer",
-        "body",
         "endpoint",
         "exchange",
         "idle_since",
         "paused",
+        "relay",
         "reused",
         "stays",
         "transport",
     )
 
-    transport: asyncio.Transport
+    transport: ByteTransport
 
     def __init__(self, endpoint: EndpointRef) -> None:
         self.endpoint = endpoint
         self.exchange: Exchange | None = None
-        self.body: Callable[[bytes], None] | None = None
+        self.relay: Relay | None = None
         self.reused = False
         self.stays = True
         self.paused = False
         self.idle_since = 0.0
         self._buffer = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: ByteTransport) -> None:
         """Keeps the transport."""
-        self.transport = transport  # type: ignore[assignment]
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         """Passes an answer on."""
@@ -69,8 +72,9 @@ class UpstreamConnection:
             self.transport.abort()
             return
         try:
-            if self.body is not None:
-                self.body(data)
+            relay = self.relay
+            if relay is not None:
+                relay.feed(data)
             else:
                 self._head(exchange, data)
         except FramingError as error:
@@ -103,8 +107,9 @@ class UpstreamConnection:
                 exchange.on_response(self, head, data)
                 return
 
-    def eof_received(self) -> None:
+    def eof_received(self) -> bool:
         """Lets the transport close."""
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tells the exchange, or leaves the pool."""
@@ -153,6 +158,7 @@ class Connector:
     ) -> None:
         """``authority``: file of the certificates that engines' must be signed by; empty for the system's."""
         self._loop = loop
+        self._now: Callable[[], float] = loop.time
         self._poller = poller
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
@@ -202,7 +208,7 @@ class Connector:
         """Puts a connection whose answer is whole back for the next request."""
         endpoint = connection.endpoint
         connection.exchange = None
-        connection.body = None
+        connection.relay = None
         idle = endpoint.idle
         transport = connection.transport
         # An engine may answer before it has read the request: the rest of that is still on its way.
@@ -211,7 +217,7 @@ class Connector:
             return
         connection.resume()
         connection.reused = True
-        connection.idle_since = self._loop.time()
+        connection.idle_since = self._now()
         if not idle:
             self._pools.add(endpoint)
         idle.append(connection)

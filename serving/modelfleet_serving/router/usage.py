@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from modelfleet_serving.router.digits import read_digits
+
 KEY: Final = b'"usage"'
 """Inside a JSON string its quotes would be escaped: bytes with this are a member's name, or a bare string."""
 _OBJECT: Final = re.compile(rb'"usage"\s*:\s*\{')
 _INPUT: Final = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,12})')
 _OUTPUT: Final = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
 # As most engines write it. Where it is written otherwise, the patterns look for it.
-_COMPACT: Final = re.compile(
-    rb'"usage":\{"prompt_tokens":(\d{1,12}),(?:"total_tokens":\d+,)?"completion_tokens":(\d{1,12})'
-)
+_PROMPT: Final = b'"usage":{"prompt_tokens":'
+_TOTAL: Final = b',"total_tokens":'
+_COMPLETION: Final = b',"completion_tokens":'
+_PROMPT_SIZE: Final = len(_PROMPT)
+_TOTAL_SIZE: Final = len(_TOTAL)
+_COMPLETION_SIZE: Final = len(_COMPLETION)
 
 
 def read_usage(data: bytes) -> tuple[int, int] | None:
@@ -21,9 +26,16 @@ def read_usage(data: bytes) -> tuple[int, int] | None:
     place = data.rfind(KEY)
     if place < 0:
         return None
-    compact = _COMPACT.match(data, place)
-    if compact is not None:
-        return int(compact[1]), int(compact[2])
+    start = place + _PROMPT_SIZE
+    if data[place:start] == _PROMPT:
+        read, end = read_digits(data, start)
+        if data[end : end + _TOTAL_SIZE] == _TOTAL:
+            _, end = read_digits(data, end + _TOTAL_SIZE)
+        start = end + _COMPLETION_SIZE
+        if data[end:start] == _COMPLETION:
+            written, end = read_digits(data, start)
+            if end > start:
+                return read, written
     if _OBJECT.match(data, place) is None:
         return None
     received = _INPUT.search(data, place)

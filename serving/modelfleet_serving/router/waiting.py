@@ -30,7 +30,7 @@ class WaitingRoom:
     """
 
     def __init__(self, worker: Worker, dispatcher: Dispatcher) -> None:
-        self._loop = worker.loop
+        self._now = worker.now
         self._counters = worker.counters
         self._dispatcher = dispatcher
         self._queues: dict[str, HoldingQueue[Exchange]] = {}
@@ -54,7 +54,7 @@ class WaitingRoom:
         if limits.max_requests <= 0 or limits.timeout_seconds <= 0:
             message = f"every engine of {model.name!r} is busy or not ready, and requests don't wait for it"
             raise RequestError(503, message, code="no_engine", retry_after=5.0)
-        now = self._loop.time()
+        now = self._now()
         queue = self._queues.get(model.name)
         if queue is None:
             queue = self._queues[model.name] = HoldingQueue(limits.max_requests, MAX_BYTES)
@@ -70,7 +70,7 @@ class WaitingRoom:
                 exchange,
                 now=now,
                 deadline=deadline,
-                size=len(exchange.request.body),
+                size=len(exchange.request.payload),
                 tenant=exchange.salt,
                 priority=read_priority(exchange),
                 lane=_lane(exchange),
@@ -90,7 +90,7 @@ class WaitingRoom:
         queue = self._queues.get(model.name)
         if queue is None:
             return
-        now = self._loop.time()
+        now = self._now()
         blocked: set[object] = set()
         while (found := queue.take(self._choose, now, blocked)) is not None:
             exchange, endpoint = found

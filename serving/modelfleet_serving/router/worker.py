@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final, cast
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from modelfleet_serving.router.request import Request
 
 _log = logging.getLogger(__name__)
+_TWO_DIGITS: Final = [b"%02x" % number for number in range(256)]
 
 METRICS_TYPE: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 SWEEP_SECONDS = 0.1
@@ -59,6 +60,7 @@ class Worker:
         self._rows: dict[str, int] = {}
         self._scrape = scrape
         self._tasks: set[asyncio.Task[None]] = set()
+        self.now: Callable[[], float] = loop.time  # looked up once: it is asked for every chunk
         self.poller = poller_of(loop)
         self.connector = Connector(
             loop,
@@ -88,8 +90,9 @@ class Worker:
         if self.tls is not None:
             self._spawn(self.tls.follow())
         self._spawn(Prober(self).run())
-        self._request_ids = itertools.count()
+        self._requests = 0
         self._request_prefix = secrets.token_hex(12).encode()
+        self._request_page = b""
         self._sweep_handle: asyncio.TimerHandle | None = None
         self._sweeps = 0
         self._sweep()
@@ -113,7 +116,12 @@ class Worker:
 
     def next_request_id(self) -> bytes:
         """An id that no other worker or router makes."""
-        return b"%b-%x" % (self._request_prefix, next(self._request_ids))
+        number = self._requests
+        self._requests = number + 1
+        place = number & 0xFF
+        if not place:
+            self._request_page = b"%b-%x" % (self._request_prefix, number >> 8)
+        return self._request_page + _TWO_DIGITS[place]
 
     # --- The table ---
 
@@ -132,7 +140,7 @@ class Worker:
         table.publish()
         for endpoint in gone:
             self.connector.drop(endpoint)
-        self.dispatcher.waiting.sweep(self.loop.time())
+        self.dispatcher.waiting.sweep(self.now())
 
     def _row_of(self, key: str) -> int:
         return self._rows.get(key, 0)
@@ -161,7 +169,7 @@ class Worker:
 
     def _sweep(self) -> None:
         """One timer for all requests and clients: a timer each would cost more than the request."""
-        now = self.loop.time()
+        now = self.now()
         idle_limit = now - self.settings.idle_timeout
         for exchange in tuple(self.active):
             if exchange.deadline <= now or exchange.idle_since() < idle_limit:
@@ -236,7 +244,7 @@ class Worker:
 
     def count(self, exchange: Exchange) -> None:
         """Counts a finished request."""
-        now = self.loop.time()
+        now = self.now()
         seconds = now - exchange.started
         reply = exchange.reply
         status = reply.status if reply is not None else 499
@@ -253,7 +261,7 @@ class Worker:
         lease = exchange.lease
         if lease is not None:
             if reply is not None and reply.usage is not None:
-                lease.settle(now, *reply.usage)
+                lease.settle(now, reply.usage[0], reply.usage[1])
             elif reply is None or reply.first_byte is None:
                 lease.settle(now, 0, 0)
             else:

@@ -20,28 +20,40 @@ _MEDIA: Final = 64
 """Bytes of base64 that cost an engine about as much as one byte of text: 200 KB of image are 800 tokens."""
 
 
+_BYTES_PER_TOKEN: Final = 4
+
+
+def estimate_tokens(size: int) -> int:
+    """Tokens that a body of so many bytes probably has, for a reservation."""
+    return size // _BYTES_PER_TOKEN
+
+
 def prompt_kib(size: int) -> int:
     """Bytes of prompt as the counter of pending prompts takes them."""
     return (size + 1023) >> 10
 
 
-def readable_bytes(body: bytes) -> int:
+def readable_bytes(data: bytes, start: int = 0) -> int:
     """How many bytes of text a body amounts to for an engine: images and audio in base64 count for little.
 
     Looks at no more than 63 places of a body, and at none of a small one. Base64 shows by what it doesn't
     have: white space, quotes, escapes, and anything but ASCII.
+
+    Args:
+        data: Holds the body.
+        start: Where that begins.
     """
-    size = len(body)
+    size = len(data) - start
     if size < _SMALL:
         return size
     stride = max(_STRIDE, size // _PROBES)
-    places = range(0, size, stride)
+    places = range(start, start + size, stride)
     media = 0
     for place in places:
         end = place + _WINDOW
         # What text has most is looked for first.
-        if body.find(b" ", place, end) < 0 and body.find(b'"', place, end) < 0:
-            window = body[place:end]
+        if data.find(b" ", place, end) < 0 and data.find(b'"', place, end) < 0:
+            window = data[place:end]
             media += b"\\" not in window and window.isascii()
     return size - media * size // len(places) * (_MEDIA - 1) // _MEDIA
 

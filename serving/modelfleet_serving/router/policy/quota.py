@@ -12,6 +12,7 @@ from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
+from modelfleet_serving.router.digits import write_digits
 from modelfleet_serving.router.errors import RequestError
 
 RATES: Final = 3
@@ -38,7 +39,7 @@ class Limits:
         concurrency: Requests at once.
     """
 
-    __slots__ = ("charged", "concurrency", "metered", "name", "rates", "seconds", "template")
+    __slots__ = ("charged", "concurrency", "lines", "metered", "name", "rates", "seconds")
 
     def __init__(
         self,
@@ -54,12 +55,14 @@ class Limits:
         """Has to know the tokens that requests use."""
         # Seconds of the allowance that one unit uses up; 0 where there is no limit.
         self.seconds = (_cost(rates[0]), _cost(rates[1]), _cost(rates[2]))
-        self.template = b"".join(
-            b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
-            % (name, rate, name, name)
+        # Header lines of each rate, up to what is left and up to when it will be all again.
+        self.lines = [
+            (
+                b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: " % (name, rate or 0, name),
+                b"\r\nx-ratelimit-reset-%b: " % name,
+            )
             for name, rate in zip(_NAMES, rates, strict=True)
-            if rate is not None
-        )
+        ]
 
 
 def _cost(per_minute: float | None) -> float:
@@ -132,7 +135,11 @@ class TenantRows:
     def total(self, row: int) -> int:
         """Requests of a row's tenant in flight, over all workers."""
         start = row * self._workers
-        return sum(self.running[start : start + self._workers])
+        running = self.running
+        number = 0
+        for place in range(start, start + self._workers):
+            number += running[place]
+        return number
 
 
 class Lease:
@@ -230,11 +237,10 @@ class Quotas:
             _owed(cells[base + 1], now),
             _owed(cells[base + 2], now),
         )
-        wait = max(
-            _wait(requests, requests_cost, limits.seconds[0]),
-            _wait(read, input_cost, limits.seconds[1]),
-            _wait(written, output_cost, limits.seconds[2]),
-        )
+        units = limits.seconds
+        wait = _wait(requests, requests_cost, units[0])
+        wait = max(wait, _wait(read, input_cost, units[1]))
+        wait = max(wait, _wait(written, output_cost, units[2]))
         if wait > _ROUNDING:
             self._refuse(limits, (requests, read, written), (requests_cost, input_cost, output_cost), wait)
         requests = min(requests + requests_cost, _LONGEST)
@@ -298,21 +304,20 @@ def _wait(owed: float, cost: float, unit: float) -> float:
 
 def _headers(limits: Limits, requests: float, read: float, written: float) -> bytes:
     """What is left of each limit, and when all of it will be."""
-    requests_unit, input_unit, output_unit = limits.seconds
-    if requests_unit and input_unit and output_unit:
-        return limits.template % (
-            _left(requests, requests_unit),
-            _duration(requests),
-            _left(read, input_unit),
-            _duration(read),
-            _left(written, output_unit),
-            _duration(written),
-        )
-    values: list[int | bytes] = []
-    for owed, unit in ((requests, requests_unit), (read, input_unit), (written, output_unit)):
-        if unit:
-            values += (_left(owed, unit), _duration(owed))
-    return limits.template % tuple(values)
+    units = limits.seconds
+    lines = limits.lines
+    headers = b""
+    if units[0]:
+        headers = _lines(lines[0], requests, units[0])
+    if units[1]:
+        headers += _lines(lines[1], read, units[1])
+    if units[2]:
+        headers += _lines(lines[2], written, units[2])
+    return headers
+
+
+def _lines(words: tuple[bytes, bytes], owed: float, unit: float) -> bytes:
+    return b"".join((words[0], write_digits(_left(owed, unit)), words[1], _duration(owed), b"\r\n"))
 
 
 def _left(owed: float, unit: float) -> int:
