@@ -107,10 +107,10 @@ class PrefixAffinity:
         count = len(group.members)
         load = self._load
         loads = load.of_all(group) if count <= _ALL else self._sampled(group, prompt)
-        low = min(loads)
+        low = _least(loads)
         if low == FULL and count > _ALL:
             loads = load.of_all(group)
-            low = min(loads)
+            low = _least(loads)
         prompt.held = 0
         if low == FULL:
             return None
@@ -202,3 +202,11 @@ def _in_turn(group: Group[R], loads: list[float], low: float) -> int:
             break
     group.turn = index
     return index
+
+
+def _least(loads: list[float]) -> float:
+    least = FULL
+    for load in loads:
+        if load < least:  # noqa: PLR1730  a call of min() makes objects of both
+            least = load
+    return least

@@ -29,7 +29,7 @@ class Peek(msgspec.Struct, gc=False):
     max_completion_tokens: msgspec.Raw = MISSING
 
 
-_decode: Final = msgspec.json.Decoder(Peek).decode
+decode: Final = msgspec.json.Decoder(Peek).decode
 
 # One token of JSON that is known to be well-formed: a string, or a character that changes the structure.
 _TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
@@ -51,7 +51,7 @@ def peek_json(body: bytes | memoryview) -> Peek:
     if not body:
         raise RequestError(400, "the request has no body; a JSON object is expected", code="invalid_json")
     try:
-        return _decode(body)
+        return decode(body)
     except msgspec.ValidationError as error:
         param = "model" if "$.model" in str(error) else None
         raise RequestError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from modelfleet_serving.router import builtin, failover
 from modelfleet_serving.router.admission import admit, read_options
 from modelfleet_serving.router.affinity import Fingerprint, readable_bytes
-from modelfleet_serving.router.api import Kind, Operation, find_operation
+from modelfleet_serving.router.api import OPERATIONS, Kind, Operation, find_operation
 from modelfleet_serving.router.digits import write_digits
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.health import Failure
@@ -134,7 +134,7 @@ class Exchange:
         request = self.request
         worker = self.worker
         try:
-            operation = find_operation(request.path)
+            operation = OPERATIONS.get(request.path) or find_operation(request.path)
             if worker.tracing is not None and operation is not None:
                 self.span = worker.tracing.begin(self)
             if request.refusal is not None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.api import Kind
-from modelfleet_serving.router.body import MISSING, multipart_model, peek_json, replace_model
+from modelfleet_serving.router.body import MISSING, Peek, decode, multipart_model, peek_json, replace_model
 from modelfleet_serving.router.builtin import query_value
 from modelfleet_serving.router.continuation import ask_usage
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.table import Target
 
 if TYPE_CHECKING:
-    from modelfleet_serving.router.body import Peek
     from modelfleet_serving.router.exchange import Exchange
 
 _NO: Final = frozenset({b"", b"false", b"null", b"0", b'"false"'})
@@ -42,7 +41,7 @@ def find_target(exchange: Exchange) -> Target:
     elif kind is _WEBSOCKET:
         name = query_value(request.query, b"model") or request.text("x-modelfleet-model")
     else:
-        peek = exchange.peek = peek_json(request.payload)
+        peek = exchange.peek = _read(request.payload)
         name = peek.model
         if exchange.operation.stores and peek.previous_response_id:
             _find_previous(exchange, bytes(peek.previous_response_id))
@@ -61,6 +60,13 @@ def find_target(exchange: Exchange) -> Target:
         else:
             request.body = replace_model(request.body, target.name)
     return target
+
+
+def _read(body: bytes | memoryview) -> Peek:
+    try:
+        return decode(body)
+    except (ValueError, RecursionError):
+        return peek_json(body)  # says what is wrong
 
 
 def _find_previous(exchange: Exchange, raw: bytes) -> None:

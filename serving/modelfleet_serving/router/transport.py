@@ -15,6 +15,7 @@ from modelfleet_serving.router import wire
 from modelfleet_serving.router.poller import READABLE, WRITABLE, LoopPoller, Poller
 
 HIGH_WATER: Final = 64 * 1024
+_SLACK: Final = 4096
 _receive: Final = wire.receive
 _transmit: Final = wire.transmit
 _transmit_pieces: Final = wire.transmit_pieces
@@ -55,6 +56,7 @@ class SocketTransport:
     __slots__ = (
         "_closing",
         "_ending",
+        "_expected",
         "_fd",
         "_full",
         "_high",
@@ -93,6 +95,7 @@ class SocketTransport:
         self._out: deque[Any] = deque()
         self._out_bytes = 0
         self._watched = 0
+        self._expected = 0  # bytes that the next read will probably bring
         self._high = HIGH_WATER
         self._low = HIGH_WATER // 4
         self._full = False  # the protocol was told to pause
@@ -123,7 +126,7 @@ class SocketTransport:
 
     def _read(self) -> None:
         try:
-            data = _receive(self._fd)
+            data = _receive(self._fd, self._expected)
         except OSError as error:
             self._end(error)
             return
@@ -131,6 +134,9 @@ class SocketTransport:
             return
         try:
             if data:
+                size = len(data)
+                # The next read will be much like this one; a little more, for a longer number or the like.
+                self._expected = size + _SLACK if size > _SLACK else 0
                 self._protocol.data_received(data)
                 return
             self._watch(self._watched & ~READABLE)

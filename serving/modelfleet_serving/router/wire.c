@@ -14,6 +14,10 @@
 #include <sys/uio.h>
 
 #define READ_BYTES (256 * 1024)
+/* Between these, copying costs more than allocating too much. Above, malloc maps and unmaps memory each time,
+ * as long as more is allocated than stays. */
+#define LARGE_BYTES (8 * 1024)
+#define HUGE_BYTES (96 * 1024)
 #define MAX_PIECES 64
 #define MAX_EVENTS 512
 
@@ -46,11 +50,36 @@ static bool has_arguments(const char *name, Py_ssize_t given, Py_ssize_t wanted)
     return false;
 }
 
+/* Receives to where the bytes stay. */
+static PyObject *receive_large(int descriptor, Py_ssize_t room)
+{
+    PyObject *data = PyBytes_FromStringAndSize(NULL, room);
+    if (data == NULL)
+        return NULL;
+    ssize_t size = recv(descriptor, PyBytes_AS_STRING(data), (size_t)room, MSG_DONTWAIT);
+    if (size >= 0) {
+        if (size < room)
+            _PyBytes_Resize(&data, size); /* on failure data is NULL */
+        return data;
+    }
+    int failure = errno;
+    Py_DECREF(data);
+    errno = failure;
+    if (would_block())
+        Py_RETURN_NONE;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
 static PyObject *receive(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t number)
 {
     int descriptor;
-    if (!has_arguments("receive", number, 1) || !to_descriptor(arguments[0], &descriptor))
+    if (!has_arguments("receive", number, 2) || !to_descriptor(arguments[0], &descriptor))
         return NULL;
+    Py_ssize_t expected = PyLong_AsSsize_t(arguments[1]);
+    if (expected == -1 && PyErr_Occurred())
+        return NULL;
+    if (expected >= LARGE_BYTES && expected <= HUGE_BYTES)
+        return receive_large(descriptor, expected);
     ssize_t size = recv(descriptor, read_buffer, sizeof read_buffer, MSG_DONTWAIT);
     if (size >= 0)
         return PyBytes_FromStringAndSize(read_buffer, size);

@@ -29,7 +29,7 @@ MAX_PIECES: Final = 64
 MAX_EVENTS: Final = 512
 
 
-def receive_standard(fd: int, /) -> bytes | None:
+def receive_standard(fd: int, _expected: int, /) -> bytes | None:
     """:data:`receive` by the standard library."""
     try:
         return os.read(fd, READ_BYTES)
@@ -74,8 +74,11 @@ def waiter(epoll: Any) -> Callable[[float], list[int]]:
     return waiter_standard(epoll) if compiled is None else partial(compiled.wait_ready, epoll.fileno())
 
 
-receive: Final[Callable[[int], bytes | None]] = compiled.receive if compiled else receive_standard
-"""What a socket has: ``None`` for nothing yet, ``b""`` for the end of the stream."""
+receive: Final[Callable[[int, int], bytes | None]] = compiled.receive if compiled else receive_standard
+"""What a socket has: ``None`` for nothing yet, ``b""`` for the end of the stream.
+
+The second argument is how many bytes will probably come: a guess that makes much of them cheaper.
+"""
 transmit: Final[Callable[[int, Buffer], int]] = compiled.transmit if compiled else transmit_standard
 """Sends; returns how many bytes the socket took, 0 for none now."""
 transmit_pieces: Final[Callable[[int, Sequence[Buffer]], int]] = (

@@ -90,19 +90,21 @@ def drain(end: socket.socket, size: int) -> bytes:
     return bytes(got)
 
 
-def test_receives_what_there_is_nothing_and_the_end(calls: Any, ends: Any) -> None:
+@pytest.mark.parametrize("expected", [0, 8 * 1024, 100_000, 10 * MEGABYTE])
+def test_receives_what_there_is_nothing_and_the_end(calls: Any, ends: Any, expected: int) -> None:
     near, far = ends
-    assert calls.receive(near.fileno()) is None
+    assert calls.receive(near.fileno(), expected) is None
     far.send(b"hello")
     select.select([near], [], [], 5)
-    assert calls.receive(near.fileno()) == b"hello"
-    assert calls.receive(near.fileno()) is None
+    assert calls.receive(near.fileno(), expected) == b"hello"
+    assert calls.receive(near.fileno(), expected) is None
     far.close()
     select.select([near], [], [], 5)
-    assert calls.receive(near.fileno()) == b""
+    assert calls.receive(near.fileno(), expected) == b""
 
 
-def test_receives_much_in_pieces(calls: Any, ends: Any) -> None:
+@pytest.mark.parametrize("expected", [0, 8 * 1024, 100_000, 10 * MEGABYTE])
+def test_receives_much_in_pieces(calls: Any, ends: Any, expected: int) -> None:
     near, far = ends
     whole = os.urandom(3 * MEGABYTE)
     sender = threading.Thread(target=lambda: (far.setblocking(True), far.sendall(whole)))
@@ -110,18 +112,19 @@ def test_receives_much_in_pieces(calls: Any, ends: Any) -> None:
     got = b""
     while len(got) < len(whole):
         select.select([near], [], [], 5)
-        got += calls.receive(near.fileno()) or b""
+        got += calls.receive(near.fileno(), expected) or b""
     sender.join(5)
     assert got == whole
 
 
-def test_a_reset_is_an_error_of_the_connection(calls: Any, ends: Any) -> None:
+@pytest.mark.parametrize("expected", [0, 8 * 1024, 100_000, 10 * MEGABYTE])
+def test_a_reset_is_an_error_of_the_connection(calls: Any, ends: Any, expected: int) -> None:
     near, far = ends
     far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     far.close()
     select.select([near], [], [], 5)
     with pytest.raises(ConnectionResetError):
-        calls.receive(near.fileno())
+        calls.receive(near.fileno(), expected)
     # No signal ends the process.
     with pytest.raises(BrokenPipeError):
         calls.transmit(near.fileno(), b"x")
@@ -131,16 +134,16 @@ def test_a_reset_is_an_error_of_the_connection(calls: Any, ends: Any) -> None:
 
 def test_a_closed_descriptor_is_an_error(calls: Any) -> None:
     for call in (
-        lambda: calls.receive(-1),
+        lambda: calls.receive(-1, 0),
         lambda: calls.transmit(-1, b"x"),
         lambda: calls.transmit_pieces(-1, [b"x"]),
     ):
         with pytest.raises(OSError, match="Bad file descriptor"):
             call()
     with pytest.raises(OverflowError):
-        calls.receive(2**40)
+        calls.receive(2**40, 0)
     with pytest.raises(TypeError):
-        calls.receive("1")
+        calls.receive("1", 0)
 
 
 def test_sends_as_much_as_the_socket_takes(calls: Any, ends: Any) -> None:

@@ -50,10 +50,9 @@ def readable_bytes(data: bytes, start: int = 0) -> int:
     places = range(start, start + size, stride)
     media = 0
     for place in places:
-        end = place + _WINDOW
+        window = data[place : place + _WINDOW]
         # What text has most is looked for first.
-        if data.find(b" ", place, end) < 0 and data.find(b'"', place, end) < 0:
-            window = data[place:end]
+        if b" " not in window and b'"' not in window:
             media += b"\\" not in window and window.isascii()
     return size - media * size // len(places) * (_MEDIA - 1) // _MEDIA
 
