@@ -53,19 +53,20 @@ def admit(exchange: Exchange, tenant: Tenant) -> None:
     target = exchange.target
     tenant.check(target.name, target.pin)
     peek = exchange.peek
-    output = _output_limit(peek) if peek is not None else 0
+    output = output_limit(peek) if peek is not None else 0
     exchange.lease = exchange.worker.tenancy.admit(tenant, exchange.readable, output)
     if tenant.metered:
         prepare_usage(exchange)
 
 
-def _output_limit(peek: Peek) -> int:
+def output_limit(peek: Peek) -> int:
     """Tokens that a body asks for at most; 0 when it doesn't say."""
     for raw in (peek.max_completion_tokens, peek.max_tokens):
         if raw is not MISSING:
             text = bytes(raw)
             number, end = read_digits(text, 0)
-            if end and end == len(text):
+            # More digits than are read are no smaller a wish.
+            if end and (end == len(text) or text.isdigit()):
                 return number
     return 0
 

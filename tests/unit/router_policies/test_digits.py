@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelfleet_serving.router.admission import output_limit
+from modelfleet_serving.router.body import peek_json
 from modelfleet_serving.router.digits import MAX_DIGITS, read_digits
 from modelfleet_serving.router.usage import read_usage
 
@@ -47,3 +49,23 @@ def test_reads_no_further_than_the_digits_and_the_data_go(data: bytes, start: in
 )
 def test_reads_usage_however_it_is_written(event: bytes, tokens: tuple[int, int] | None) -> None:
     assert read_usage(b'{"choices":[],' + event) == tokens
+
+
+@pytest.mark.parametrize(
+    ("members", "tokens"),
+    [
+        ("", 0),
+        (',"max_tokens":7', 7),
+        (',"max_completion_tokens":7', 7),
+        (',"max_tokens":9,"max_completion_tokens":7', 7),
+        (',"max_tokens":9,"max_completion_tokens":null', 9),
+        (',"max_tokens":0', 0),
+        (',"max_tokens":-5', 0),
+        (',"max_tokens":1.5', 0),
+        (',"max_tokens":1e3', 0),
+        (',"max_tokens":"7"', 0),
+        (f',"max_tokens":{10**30}', 10**14),
+    ],
+)
+def test_reads_how_much_a_body_asks_for(members: str, tokens: int) -> None:
+    assert output_limit(peek_json(f'{{"model":"m"{members}}}'.encode())) == tokens
