@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Final
 
 from modelfleet_serving.contract import EndpointState, ModelRoute, VariantRoute
@@ -12,19 +11,24 @@ from modelfleet_serving.router.table import TableError, parse_endpoint_url
 _UNSAFE: Final = re.compile(r"[^\x20-\x7e]")
 
 
-def check_models(models: Iterable[ModelRoute]) -> list[str]:
-    """Everything wrong in a table, one line a fault, with its place."""
-    faults: list[str] = []
-    seen: set[str] = set()
-    for index, model in enumerate(models):
-        place = f"models[{index}]"
+class TableCheck:
+    """Finds what is wrong in a table whose models are shown one after the other."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._index = 0
+
+    def faults(self, model: ModelRoute) -> list[str]:
+        """Everything wrong in the next model, one line a fault, with its place."""
+        faults: list[str] = []
+        place = f"models[{self._index}]"
+        self._index += 1
         if not model.name or _UNSAFE.search(model.name):
             faults.append(f"{place}.name: {model.name!a} must be printable ASCII")
-        if model.name in seen:
+        if model.name in self._seen:
             faults.append(f"{place}.name: {model.name!a} occurs twice")
-        seen.add(model.name)
-        faults += _check_variants(place, model)
-    return faults
+        self._seen.add(model.name)
+        return faults + _check_variants(place, model)
 
 
 def _check_variants(place: str, model: ModelRoute) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from modelfleet_serving.router.policy.quota import RATES, TenantRows
 ROWS: Final = 65_536
 TENANT_ROWS: Final = 16_384
 _CELL: Final = 4
+_COLLECTED: Final = 2_000
 
 
 class Counters:
@@ -116,7 +118,7 @@ class RowAllocator:
         self._total = total
         self._free = list(range(rows - 1, 0, -1))
         self._rows: dict[str, int] = {}
-        self._retired: list[int] = []
+        self._retired: deque[int] = deque()
 
     def row(self, key: str) -> int:
         """The row of a key; row 0, shared and only roughly right, when all are taken."""
@@ -133,9 +135,11 @@ class RowAllocator:
             self._retired.append(row)
 
     def collect(self) -> None:
-        """Frees retired rows whose count has come to zero."""
-        still = [row for row in self._retired if self._total(row)]
-        if len(still) != len(self._retired):
-            waiting = set(still)
-            self._free.extend(row for row in self._retired if row not in waiting)
-            self._retired = still
+        """Frees retired rows whose count has come to zero; looks at some of them each time."""
+        retired = self._retired
+        for _ in range(min(_COLLECTED, len(retired))):
+            row = retired.popleft()
+            if self._total(row):
+                retired.append(row)
+            else:
+                self._free.append(row)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Protocol
+from collections.abc import AsyncIterator
+from typing import Final, Protocol
 
 import msgspec
 
 from modelfleet_serving.contract import DemandReport, ModelDemand, ModelRoute, TableUpdate
 from modelfleet_serving.router import metrics
-from modelfleet_serving.router.checks import check_models
+from modelfleet_serving.router.checks import TableCheck
 from modelfleet_serving.router.counters import Counters, RowAllocator
 from modelfleet_serving.router.observe import Snapshot, VariantStats, merge
 from modelfleet_serving.router.slices import Slices
@@ -19,12 +20,24 @@ from modelfleet_serving.router.table import endpoint_key, model_keys
 _log = logging.getLogger(__name__)
 
 
+_PART_MODELS: Final = 50
+"""Models of one part of a change: what a worker decodes without looking up."""
+
+
 class TableChange(msgspec.Struct, kw_only=True):
-    """What a worker has to take over: changed models, and the counter rows of what is new in them."""
+    """What a worker has to take over, or a part of it.
+
+    Attributes:
+        models: models that changed.
+        removed: names of models that are gone.
+        rows: the counter rows of the models that changed.
+        more: another part follows; names come into effect with the last one.
+    """
 
     models: list[ModelRoute] = []
     removed: list[str] = []
     rows: dict[str, int] = {}
+    more: bool = False
 
 
 class Link(Protocol):
@@ -58,14 +71,16 @@ class Hub:
     async def apply(self, update: TableUpdate) -> None:
         """Gives every worker what an update changes. A model that can't be used stays as it was."""
         async with self._lock:
-            change = await self._difference(update)
-            if change.models or change.removed or not self.loaded.is_set():
-                await asyncio.gather(*(link.change(change) for link in self.links))
+            models, removed = await self._difference(update)
+            if models or removed or not self.loaded.is_set():
+                async for part in self._parts(models, removed):
+                    await asyncio.gather(*(link.change(part) for link in self.links))
+                    self.rows.collect()
             self.epoch, self.version = update.epoch, update.version
             self.loaded.set()
-            self.rows.collect()
 
-    async def _difference(self, update: TableUpdate) -> TableChange:
+    async def _difference(self, update: TableUpdate) -> tuple[list[ModelRoute], list[str]]:
+        """Models that changed and can be used, and names of models that are gone."""
         slices = Slices()
         known = self._models
         models: list[ModelRoute] = []
@@ -73,7 +88,7 @@ class Hub:
             await slices.pause()
             if known.get(model.name) == model:
                 continue
-            faults = check_models([model])
+            faults = TableCheck().faults(model)
             if faults:
                 _log.error("the routes of %r stay as they were: %s", model.name, "; ".join(faults))
                 continue
@@ -83,16 +98,25 @@ class Hub:
             removed = [name for name in known if name not in names]
         else:
             removed = [name for name in update.removed if name in known]
-        rows: dict[str, int] = {}
-        for model in models:
-            await slices.pause()
-            self._assign(model, rows)
+        return models, removed
+
+    async def _parts(self, models: list[ModelRoute], removed: list[str]) -> AsyncIterator[TableChange]:
+        """Keeps the models, and makes of them what workers are told."""
+        slices = Slices()
         for name in removed:
             await slices.pause()
             self._rows.pop(name, None)
-            for key in model_keys(known.pop(name)):
+            for key in model_keys(self._models.pop(name)):
                 self.rows.release(key)
-        return TableChange(models=models, removed=removed, rows=rows)
+        for start in range(0, max(1, len(models)), _PART_MODELS):
+            part = TableChange(models=models[start : start + _PART_MODELS])
+            for model in part.models:
+                await slices.pause()
+                self._assign(model, part.rows)
+            part.more = start + _PART_MODELS < len(models)
+            if not part.more:
+                part.removed = removed
+            yield part
 
     def _assign(self, model: ModelRoute, rows: dict[str, int]) -> None:
         old = self._models.get(model.name)
@@ -108,18 +132,14 @@ class Hub:
             for variant in model.variants
         ]
 
-    def whole(self) -> TableChange:
-        """The table for a worker that starts."""
-        rows = {key: self.rows.row(key) for model in self._models.values() for key in model_keys(model)}
-        return TableChange(models=list(self._models.values()), rows=rows)
-
     # --- Workers come and go ---
 
     async def join(self, link: Link) -> None:
         """Adds a worker, with the table as it stands."""
         async with self._lock:
             if self.loaded.is_set():
-                await link.change(self.whole())
+                async for part in self._parts(list(self._models.values()), []):
+                    await link.change(part)
             self.links.append(link)
 
     def leave(self, link: Link) -> None:

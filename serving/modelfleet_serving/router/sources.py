@@ -13,9 +13,10 @@ import aiohttp
 import msgspec
 import yaml
 
-from modelfleet_serving.contract import DemandReport, RouteTable, TableUpdate
-from modelfleet_serving.router.checks import check_models
+from modelfleet_serving.contract import DemandReport, ModelRoute, RouteTable, TableUpdate, Wire
+from modelfleet_serving.router.checks import TableCheck
 from modelfleet_serving.router.hub import Hub
+from modelfleet_serving.router.slices import Slices
 from modelfleet_serving.router.table import TableError
 
 _log = logging.getLogger(__name__)
@@ -26,30 +27,80 @@ LONG_POLL_SECONDS: Final = 30.0
 DEMAND_SECONDS: Final = 1.0
 _MAX_BACKOFF_SECONDS: Final = 1.0
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_decode_model: Final = msgspec.json.Decoder(ModelRoute).decode
 
 
-def load_table(path: Path) -> RouteTable:
-    """Reads and checks a route table.
+class _RawTable(Wire, kw_only=True, frozen=True):
+    """A table file whose models are read one by one."""
+
+    models: list[msgspec.Raw] = []
+
+
+class _RawUpdate(Wire, kw_only=True, frozen=True):
+    """A ``TableUpdate`` whose models are read one by one."""
+
+    epoch: str
+    version: int
+    full: bool
+    models: list[msgspec.Raw] = []
+    removed: list[str] = []
+
+
+async def load_table(path: Path) -> list[ModelRoute]:
+    """Reads and checks a route table, while requests pass.
 
     Raises:
         TableError: with the file, the place in it and what is wrong there.
     """
     try:
-        text = path.read_bytes()
+        text = await asyncio.to_thread(path.read_bytes)
     except OSError as error:
         raise TableError(f"{path}: {error.strerror}") from error
     try:
         if path.suffix in (".yaml", ".yml"):
-            table = msgspec.convert(yaml.load(text, Loader=_LOADER), RouteTable)  # noqa: S506 - a safe loader
+            # In a thread: only JSON can be split before it is read, and a large table is JSON.
+            models = await asyncio.to_thread(_read_yaml, text)
         else:
-            table = msgspec.json.decode(text, type=RouteTable)
+            models = await _decode_models(msgspec.json.decode(text, type=_RawTable).models)
     except (msgspec.MsgspecError, yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: a date that is none, bytes that are no text.
         raise TableError(f"{path}: {error}") from error
-    faults = check_models(table.models)
+    faults: list[str] = []
+    check = TableCheck()
+    slices = Slices()
+    for model in models:
+        faults += check.faults(model)
+        await slices.pause()
     if faults:
         raise TableError(f"{path}: " + "; ".join(faults))
-    return table
+    return models
+
+
+def _read_yaml(text: bytes) -> list[ModelRoute]:
+    return msgspec.convert(yaml.load(text, Loader=_LOADER), RouteTable).models  # noqa: S506 - a safe loader
+
+
+async def _decode_models(models: list[msgspec.Raw]) -> list[ModelRoute]:
+    """Reads models while requests pass; a decoder lets nobody else run before it is through.
+
+    Raises:
+        msgspec.DecodeError: with the place in the whole message.
+    """
+    slices = Slices()
+    decoded: list[ModelRoute] = []
+    for index, raw in enumerate(models):
+        try:
+            decoded.append(_decode_model(raw))
+        except msgspec.ValidationError as error:
+            raise msgspec.ValidationError(_placed(str(error), f"$.models[{index}]")) from error
+        await slices.pause()
+    return decoded
+
+
+def _placed(message: str, place: str) -> str:
+    """A message of msgspec with the place of what it read put before the place in it."""
+    text, at, path = message.rpartition(" - at `$")
+    return f"{text} - at `{place}{path}" if at else f"{message} - at `{place}`"
 
 
 class FileSource:
@@ -93,11 +144,11 @@ class FileSource:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     async def _load(self) -> None:
-        table = await asyncio.to_thread(load_table, self._path)
+        models = await load_table(self._path)
         self._version += 1
-        await self._apply(TableUpdate(epoch="file", version=self._version, full=True, models=table.models))
-        endpoints = sum(len(variant.endpoints) for model in table.models for variant in model.variants)
-        _log.info("route table %d: %d models, %d endpoints", self._version, len(table.models), endpoints)
+        await self._apply(TableUpdate(epoch="file", version=self._version, full=True, models=models))
+        endpoints = sum(len(variant.endpoints) for model in models for variant in model.variants)
+        _log.info("route table %d: %d models, %d endpoints", self._version, len(models), endpoints)
 
 
 class RegistrySource:
@@ -157,7 +208,14 @@ class RegistrySource:
                 return None
             if answer.status != 200:
                 raise aiohttp.ClientError(f"answered {answer.status}: {(await answer.text())[:200]}")
-            return await asyncio.to_thread(msgspec.json.decode, await answer.read(), type=TableUpdate)
+            raw = msgspec.json.decode(await answer.read(), type=_RawUpdate)
+        return TableUpdate(
+            epoch=raw.epoch,
+            version=raw.version,
+            full=raw.full,
+            models=await _decode_models(raw.models),
+            removed=raw.removed,
+        )
 
     async def _report(self, session: aiohttp.ClientSession) -> None:
         """Sends demand every second; a report that fails is not sent again, the next one says more."""

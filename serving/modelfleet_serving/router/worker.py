@@ -137,10 +137,13 @@ class Worker:
         for name in change.removed:
             gone += table.remove(name)
             await slices.pause()
-        table.publish()
+        if not change.more:
+            table.publish()
         for endpoint in gone:
             self.connector.drop(endpoint)
-        self.dispatcher.waiting.sweep(self.now())
+            await slices.pause()
+        if not change.more:
+            self.dispatcher.waiting.sweep(self.now())
 
     def _row_of(self, key: str) -> int:
         return self._rows.get(key, 0)

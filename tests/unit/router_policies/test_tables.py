@@ -17,7 +17,7 @@ from modelfleet_serving.contract import (
     QueueSettings,
     VariantRoute,
 )
-from modelfleet_serving.router.checks import check_models
+from modelfleet_serving.router.checks import TableCheck
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.table import Table
 
@@ -80,7 +80,7 @@ MODELS = st.builds(
 @settings(max_examples=80, deadline=None)
 @given(st.lists(MODELS, max_size=3))
 def test_what_passes_the_checks_can_be_used(models: list[ModelRoute]) -> None:
-    good = [model for model in models if not check_models([model])]
+    good = [model for model in models if not TableCheck().faults(model)]
     cells = array("i", [0] * 64)
     table = Table(lambda _: 1, lambda row: row)
     for model in good:
@@ -109,7 +109,8 @@ def test_what_passes_the_checks_can_be_used(models: list[ModelRoute]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(MODELS, max_size=2))
 def test_every_fault_has_its_place(models: list[ModelRoute]) -> None:
-    for fault in check_models(models):
+    check = TableCheck()
+    for fault in (fault for model in models for fault in check.faults(model)):
         assert fault.startswith("models[")
         assert "\n" not in fault
         assert "secret" not in fault
