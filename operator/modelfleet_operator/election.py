@@ -26,6 +26,8 @@ from modelfleet_operator.settings import Settings
 log = logging.getLogger(__name__)
 
 _CALL_SECONDS = 5.0
+_END_SECONDS = 4.0
+"""For the work to clean up, when it does not end by itself."""
 
 
 class LeadershipLostError(Exception):
@@ -119,21 +121,34 @@ class _Election(LeaderElection):  # type: ignore[misc]
                 return
 
 
-async def lead(api: ApiClient, settings: Settings, work: Callable[[Leadership], Awaitable[None]]) -> None:
+async def lead(
+    api: ApiClient,
+    settings: Settings,
+    work: Callable[[Leadership], Awaitable[None]],
+    stop: asyncio.Event,
+) -> None:
     """Wait for the Lease, work while it is ours, and give it back at the end.
+
+    The work has ended before this returns: what it uses may be closed then.
 
     Args:
         api: the API server.
         settings: of the operator.
-        work: the work; it is told what is known of this process's leadership.
+        work: the work; it is told what is known of this process's leadership, and ends at ``stop``.
+        stop: set when this process is to end.
 
     Raises:
         LeadershipLostError: another process took over: this one must end.
     """
     lock = _Lock(settings.lease_name, settings.namespace, settings.identity, api)
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    working: asyncio.Task[None] | None = None
 
     async def leading() -> None:
+        nonlocal working
+        working = asyncio.current_task()
+        if stop.is_set():
+            return  # told to end while it was to begin
         LEADER.set(1)
         log.info("%s leads", settings.identity)
         try:
@@ -155,17 +170,34 @@ async def lead(api: ApiClient, settings: Settings, work: Callable[[Leadership], 
     seconds = round(settings.lease_seconds)  # a Lease has whole ones
     config = Config(lock, seconds, seconds * 2 / 3, retry, leading, stopped)
     election = asyncio.create_task(_Election(config, lock).run(), name="election")
+    stopping = asyncio.create_task(stop.wait(), name="stopping")
     try:
-        await asyncio.wait({election, done}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({election, done, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if election.done():
             election.result()
-        await done
+        if election.done() or working is not None:
+            await done
     finally:
-        election.cancel()
-        await asyncio.gather(election, return_exceptions=True)
+        for task in (election, stopping):
+            task.cancel()
+        await asyncio.gather(election, stopping, return_exceptions=True)
+        # The library starts it, and forgets it when it is cancelled itself.
+        await _end(working)
         if LEADER._value.get():
             LEADER.set(0)
             await _give_back(KubeClient(api, timeout=2.0), settings)
+
+
+async def _end(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task unless that has been done, and wait until it has cleaned up."""
+    if task is None:
+        return
+    if not task.done():
+        if not task.cancelling():
+            task.cancel()
+        await asyncio.wait({task}, timeout=_END_SECONDS)
+    if task.done() and not task.cancelled():
+        task.exception()  # taken note of: the caller has it already
 
 
 async def _give_back(kube: KubeClient, settings: Settings) -> None:

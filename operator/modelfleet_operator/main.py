@@ -73,17 +73,7 @@ class Operator:
                 LEADER.set(1)
                 await self._work(api, Leadership())
                 return
-            election = asyncio.create_task(
-                lead(api, self._settings, lambda leadership: self._work(api, leadership)), name="lead"
-            )
-            stop = asyncio.create_task(self._stop.wait(), name="stop")
-            await asyncio.wait({election, stop}, return_when=asyncio.FIRST_COMPLETED)
-            stop.cancel()
-            if election.done():
-                election.result()
-                return
-            election.cancel()
-            await asyncio.gather(election, return_exceptions=True)
+            await lead(api, self._settings, lambda leadership: self._work(api, leadership), self._stop)
 
     async def _work(self, api: ApiClient, leadership: Leadership) -> None:
         kube = KubeClient(api)

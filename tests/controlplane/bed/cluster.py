@@ -142,17 +142,12 @@ class Cluster:
     def create_namespace(self, prefix: str = "test", labels: Mapping[str, str] | None = None) -> str:
         """Make a namespace with a fresh name, ready for pods (its default ServiceAccount exists)."""
         name = f"{prefix}-{secrets.token_hex(4)}"
-        metadata = {"name": name, "labels": dict(labels or {})}
-        self.kubectl(
-            "create",
-            "-f",
-            "-",
-            input=json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}),
-        )
-        wait_until(
-            lambda: self.find("serviceaccount", "default", name) is not None,
-            timeout=30,
-            what=f"ServiceAccount default in {name}",
+        # The controller that makes the account looks again after half a minute when the API server was away.
+        space = {"name": name, "labels": dict(labels or {})}
+        account = {"name": "default", "namespace": name}
+        self.apply(
+            {"apiVersion": "v1", "kind": "Namespace", "metadata": space},
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account},
         )
         return name
 

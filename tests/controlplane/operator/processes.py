@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.controlplane.bed import wait_until
+from tests.controlplane.operator.prepared import Forked
 
 from modelfleet_operator.clients.processes import die_with_parent, free_port
 
@@ -28,21 +29,24 @@ class Process:
         self.log = log
         self._command = command
         self._environment = dict(environment)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
 
     def start(self) -> None:
         clean = {
             k: v for k, v in os.environ.items() if not k.startswith(("MODELFLEET_", "KUBERNETES_", "RAY_"))
         }
+        self.process = self._run({**clean, **self._environment})
+
+    def _run(self, environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
         with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509  it only calls the kernel
-                env={**clean, **self._environment},
+                env=environment,
             )
 
     @property
@@ -98,6 +102,7 @@ class OperatorProcess(Process):
 
     Args:
         services: ports of this machine by ``NAME:PORT`` of the Services that they stand for.
+        prepared: fork it from a process that has imported it, instead of starting Python anew.
     """
 
     def __init__(
@@ -106,6 +111,8 @@ class OperatorProcess(Process):
         log: Path,
         namespace: str = "modelfleet-system",
         services: Mapping[str, int] | None = None,
+        *,
+        prepared: bool = False,
         **settings: str,
     ) -> None:
         self.port = free_port()
@@ -122,6 +129,11 @@ class OperatorProcess(Process):
             command[2:2] = ["tests.controlplane.operator.cluster_dns", *names]
             environment["PYTHONPATH"] = str(Path(__file__).parents[3])
         super().__init__("operator", command, log, environment)
+        assert not (prepared and services), "the names of Services need a Python of their own"
+        self._prepared = prepared
+
+    def _run(self, environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
+        return Forked(self.log, environment) if self._prepared else super()._run(environment)
 
     def fetch(self, path: str) -> tuple[int, str]:
         try:

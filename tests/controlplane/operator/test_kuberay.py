@@ -32,7 +32,9 @@ POOL = {
 def operator(
     kuberay_operator: ControlPlane, namespace: str, service_account: Path, tmp_path: Path
 ) -> Iterator[OperatorProcess]:
-    process = OperatorProcess(service_account, tmp_path / "operator.log", WATCH_NAMESPACES=namespace)
+    process = OperatorProcess(
+        service_account, tmp_path / "operator.log", prepared=True, WATCH_NAMESPACES=namespace
+    )
     with process:
         process.wait_ready()
         yield process

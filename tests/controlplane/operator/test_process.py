@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(120)]
 
 
 def test_tells_its_health_and_ends_in_time(world: World) -> None:
-    operator = world.operator()
+    operator = world.operator(prepared=False)
     with operator:
         operator.wait_ready()
         world.apply(deployment())

@@ -65,10 +65,12 @@ class World:
         }  # fmt: skip
         self.cluster.apply(secret, pool, namespace=self.namespace)
 
-    def operator(self, kubeconfig: Path | None = None, **settings: str) -> OperatorProcess:
+    def operator(
+        self, kubeconfig: Path | None = None, *, prepared: bool = True, **settings: str
+    ) -> OperatorProcess:
         log = self.directory / f"operator-{len(self.operators)}.log"
         settings = {"WATCH_NAMESPACES": self.namespace, "LET_GO_SECONDS": "5"} | settings
-        process = OperatorProcess(kubeconfig or self.kubeconfig, log, **settings)
+        process = OperatorProcess(kubeconfig or self.kubeconfig, log, prepared=prepared, **settings)
         self.operators.append(process)
         return process
 
