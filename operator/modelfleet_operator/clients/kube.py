@@ -88,7 +88,8 @@ async def connect() -> ApiClient:
     if in_cluster():
         load_incluster_config(configuration)
     else:
-        await load_kube_config(client_configuration=configuration)
+        # The library looks at the variable when it is imported, which may be long ago.
+        await load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)
     configuration.connection_pool_maxsize = CONNECTIONS
     return ApiClient(configuration)
 

@@ -51,7 +51,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         """Like ``kill -NUMBER``."""
-        os.kill(self.pid, number)
+        if self._process.is_alive():
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL."""
