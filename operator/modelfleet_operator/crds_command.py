@@ -38,7 +38,7 @@ async def _established(kube: KubeClient, name: str) -> None:
     deadline = time.monotonic() + ESTABLISH_SECONDS
     while True:
         found = await kube.call("GET", CRD.path(name=name))
-        conditions = found.get("status", {}).get("conditions", ())
+        conditions = found.get("status", {}).get("conditions") or ()  # null in the first moment
         if any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
             return
         if time.monotonic() > deadline:
