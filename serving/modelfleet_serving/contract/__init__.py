@@ -59,10 +59,13 @@ from modelfleet_serving.contract.base import (
     Wire,
 )
 from modelfleet_serving.contract.demand import (
+    DemandReply,
     DemandReport,
     ModelDemand,
     RegistryState,
     RouterInfo,
+    TenantDebt,
+    TenantUse,
 )
 from modelfleet_serving.contract.heartbeats import (
     EngineLoad,
@@ -101,6 +104,7 @@ __all__ = [
     "Affinity",
     "ApplicationArgs",
     "ApplicationId",
+    "DemandReply",
     "DemandReport",
     "Endpoint",
     "EndpointState",
@@ -121,6 +125,8 @@ __all__ = [
     "RouterInfo",
     "TableUpdate",
     "Task",
+    "TenantDebt",
+    "TenantUse",
     "VariantRoute",
     "VariantRouteSpec",
     "Wire",

@@ -20,6 +20,41 @@ class ModelDemand(Wire, kw_only=True, frozen=True):
     """Mean since the last report."""
 
 
+Rates = tuple[float, float, float]
+"""Seconds of a minute's allowance: of requests, input tokens and output tokens."""
+
+
+class TenantUse(Wire, kw_only=True, frozen=True):
+    """What one tenant does at one router."""
+
+    tenant: int
+    """Hash of the tenant's name; the registry need not know names."""
+    charged: Rates = (0.0, 0.0, 0.0)
+    """Since the last report that was answered. Below 0 where reservations were given back."""
+    owed: Rates = (0.0, 0.0, 0.0)
+    """Until all is paid off, as this router sees it: for a registry that has just begun."""
+    running: int = 0
+    """Requests in flight."""
+
+
+class TenantDebt(Wire, kw_only=True, frozen=True):
+    """What one tenant has used at all routers."""
+
+    tenant: int
+    owed: Rates = (0.0, 0.0, 0.0)
+    """Until all is paid off."""
+    running: int = 0
+    """Requests in flight at the other routers."""
+
+
+class DemandReply(Wire, kw_only=True, frozen=True):
+    """The registry's answer to a router's report."""
+
+    routers: int = 1
+    """Routers that are alive, with the one that asks."""
+    tenants: list[TenantDebt] = []
+
+
 class DemandReport(Wire, kw_only=True, frozen=True):
     """One router's report."""
 
@@ -29,6 +64,7 @@ class DemandReport(Wire, kw_only=True, frozen=True):
     """The table that this router uses."""
     interval_seconds: float = 1.0
     models: list[ModelDemand] = []
+    tenants: list[TenantUse] = []
 
 
 class RouterInfo(Wire, kw_only=True, frozen=True):

@@ -204,9 +204,9 @@ class RegistryServer:
     async def _demand(self, request: web.Request) -> web.StreamResponse:
         report = msgspec.json.decode(await request.read(), type=DemandReport)
         _check_id(report.router)
-        self.registry.demand(report, self._clock())
+        reply = self.registry.demand(report, self._clock())
         self._tell()
-        return web.Response(status=204)
+        return web.Response(body=msgspec.json.encode(reply), content_type=_JSON)
 
     async def _table(self, request: web.Request) -> web.StreamResponse:
         epoch, version, until = _poll_query(request)

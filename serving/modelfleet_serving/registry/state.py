@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modelfleet_serving.contract import (
+    DemandReply,
     DemandReport,
     EndpointState,
     Heartbeat,
@@ -25,6 +26,7 @@ from modelfleet_serving.registry.endpoints import Change, Endpoints, TooManyErro
 from modelfleet_serving.registry.keys import DeploymentKey
 from modelfleet_serving.registry.routes import Routes, model_route
 from modelfleet_serving.registry.table import VersionedTable
+from modelfleet_serving.registry.tenants import TenantAccounts
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Registry:
         self.endpoints = Endpoints(self.settings.max_replicas)
         self.routes = Routes()
         self._demand = Demand()
+        self._tenants = TenantAccounts()
         self._routers: dict[str, _Router] = {}
         self._connections: Counter[str] = Counter()
         self._model_names: dict[DeploymentKey, str] = {}
@@ -187,8 +190,8 @@ class Registry:
         """There are no further routes, and it may be none: a young registry need not wait for the first."""
         self._complete = True
 
-    def demand(self, report: DemandReport, now: float) -> None:
-        """Take in a router's report.
+    def demand(self, report: DemandReport, now: float) -> DemandReply:
+        """Take in a router's report; what it has to know of the other routers.
 
         Raises:
             TooManyError: there are as many routers as may be.
@@ -203,6 +206,8 @@ class Registry:
         if self._demand.waiting() != before:
             # The first request for a model that is scaled to zero must not wait for a period to end.
             self._tell_demand(now)
+        alive = sum(self._lives(router, now) for router in self._routers.values())
+        return DemandReply(routers=alive, tenants=self._tenants.report(report.router, report.tenants, now))
 
     def open_poll(self, router: str, epoch: str, version: int, now: float) -> None:
         """A router asks for what follows a version: it has taken over that one.
@@ -239,6 +244,7 @@ class Registry:
         for name in [name for name, router in self._routers.items() if not self._lives(router, now)]:
             del self._routers[name]
             self._demand.forget(name)
+            self._tenants.forget(name)
             self.state_version += 1
         if self._demand_dirty and now - self._demand_told >= self.settings.demand_period:
             self._tell_demand(now)

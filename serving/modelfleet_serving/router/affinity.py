@@ -22,9 +22,9 @@ a conversation stays where it is, a popular system prompt gets a second holder w
 keeps the first, and a prompt that nobody holds goes to the least loaded replica, as without affinity.
 
 **Several workers** of one host share the table through shared memory, and decide as one. **Several hosts**
-share nothing; with ``home`` they agree because each prompt has one: the replica that a consistent hash of the
-first block that is new names. It may be loaded by ``home * (1 - f)`` above the least. One host needs none;
-several want 16, at some cost for traffic that shares nothing.
+share no table. With ``home`` they agree because each prompt has one: the replica that a consistent hash of
+the first block that is new names. It may be loaded by ``home * (1 - f)`` above the least. One host needs none;
+several want 16, at some cost for traffic that shares nothing. The registry tells a router how many there are.
 
 **Cost** with eight replicas, hashing and recording included: 2 KB about 10 µs, 32 KB 20 µs, 220 KB 50 µs.
 """
@@ -69,6 +69,8 @@ _ALL: Final = 16
 """Replicas up to which every one's load is looked at; of more, the holders and a sample."""
 _ROUNDS: Final = 3
 _READING: Final = 1.0 / (READING_KIB * 1024)
+HOME_OF_SEVERAL: Final = 16.0
+"""``home`` where several routers share no table."""
 
 
 class PrefixAffinity:
@@ -101,6 +103,10 @@ class PrefixAffinity:
         self._absolute = absolute
         self._relative = relative
         self._home = home
+
+    def shared_by(self, routers: int) -> None:
+        """So many routers choose among the same replicas, each with a table of its own."""
+        self._home = HOME_OF_SEVERAL if routers > 1 else 0.0
 
     def choose(self, group: Group[R], prompt: Fingerprint) -> R | None:
         """The replica for a prompt, ``None`` when none has room."""

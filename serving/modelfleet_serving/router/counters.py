@@ -31,6 +31,7 @@ class Counters:
         cells: requests in flight, row by row; this worker's cell of ``row`` is ``row * workers + worker``.
         reading: likewise, KiB of prompts that an engine has got and not begun to answer.
         tenants: what tenants use.
+        routers: in its one cell, how many routers share the engines, as far as is known.
         prefixes: memory of the prefix table.
     """
 
@@ -42,6 +43,7 @@ class Counters:
         "fd",
         "prefixes",
         "reading",
+        "routers",
         "tenants",
         "worker",
         "workers",
@@ -50,8 +52,19 @@ class Counters:
     def __init__(self, workers: int = 1, worker: int = 0, fd: int | None = None) -> None:
         """Maps the memory behind ``fd``, or makes it when there is none."""
         counts = ROWS * workers * _CELL
-        tenants = TENANT_ROWS * workers * _CELL
-        sizes = (DEFAULT_BYTES, TENANT_ROWS * 8, TENANT_ROWS * RATES * 8, counts, counts, tenants)
+        running = TENANT_ROWS * workers * _CELL
+        rates = TENANT_ROWS * RATES * 8
+        sizes = (
+            DEFAULT_BYTES,
+            TENANT_ROWS * 8,
+            rates,
+            rates * workers,
+            counts,
+            counts,
+            running,
+            TENANT_ROWS * _CELL,
+            8,
+        )
         if fd is None:
             fd = _anonymous_file()
             os.ftruncate(fd, sum(sizes))
@@ -65,10 +78,13 @@ class Counters:
         for size in sizes:
             parts.append(whole[start : start + size])
             start += size
-        self.prefixes, tags, rates, cells, reading, running = parts
-        self.cells, self.reading, self._running = cells.cast("i"), reading.cast("i"), running.cast("i")
-        self._views: list[memoryview[Any]] = [tags.cast("q"), rates.cast("d")]
-        self.tenants = TenantRows(self._views[0], self._views[1], self._running, workers, worker)
+        self.prefixes = parts[0]
+        tags, rated, charged = parts[1].cast("q"), parts[2].cast("d"), parts[3].cast("d")
+        self.cells, self.reading = parts[4].cast("i"), parts[5].cast("i")
+        self._running, elsewhere = parts[6].cast("i"), parts[7].cast("i")
+        self.routers = parts[8].cast("q")
+        self._views: list[memoryview[Any]] = [tags, rated, charged, elsewhere, self.routers]
+        self.tenants = TenantRows(tags, rated, self._running, elsewhere, charged, workers, worker)
 
     def cell(self, row: int) -> int:
         """Index of this worker's cell of a row."""

@@ -34,13 +34,13 @@ class Dispatcher:
         counters = worker.counters
         rng = random.Random()  # noqa: S311 - spreads load
         load = SharedLoadView(counters.cells, counters.reading, counters.workers)
-        prefixes = PrefixAffinity(load, rng, PrefixTable(counters.prefixes))
+        self._prefixes = PrefixAffinity(load, rng, PrefixTable(counters.prefixes))
         self._loop = worker.loop
         self._now = worker.now
         self._max_attempts = worker.settings.max_attempts
         self._cells = counters.cells
         self._reading = counters.reading
-        self._selector = Selector(load, rng, prefixes)
+        self._selector = Selector(load, rng, self._prefixes)
         self._sick: set[VariantRef] = set()
         self.waiting = WaitingRoom(worker, self)
 
@@ -176,6 +176,10 @@ class Dispatcher:
             variant.stats.ejections += 1
             self._sick.add(variant)
             self._changed(endpoint)
+
+    def shared_by(self, routers: int) -> None:
+        """So many routers share the engines, as far as is known."""
+        self._prefixes.shared_by(routers)
 
     def sweep(self, now: float) -> None:
         """Lets ejected engines come back, and waiting requests go or give up."""

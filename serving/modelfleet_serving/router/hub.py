@@ -9,11 +9,12 @@ from typing import Final, Protocol
 
 import msgspec
 
-from modelfleet_serving.contract import DemandReport, ModelDemand, ModelRoute, TableUpdate
+from modelfleet_serving.contract import DemandReply, DemandReport, ModelDemand, ModelRoute, TableUpdate
 from modelfleet_serving.router import metrics
 from modelfleet_serving.router.checks import TableCheck
 from modelfleet_serving.router.counters import Counters, RowAllocator
 from modelfleet_serving.router.observe import Snapshot, VariantStats, merge
+from modelfleet_serving.router.shared_limits import SharedLimits
 from modelfleet_serving.router.slices import Slices
 from modelfleet_serving.router.table import endpoint_key, model_keys
 
@@ -66,6 +67,7 @@ class Hub:
         self._retired = Snapshot()
         self._last: dict[Link, Snapshot] = {}
         self._reported: dict[tuple[str, str], VariantStats] = {}
+        self._limits = SharedLimits(counters.tenants)
         self._lock = asyncio.Lock()
 
     async def apply(self, update: TableUpdate) -> None:
@@ -181,8 +183,8 @@ class Hub:
         """The answer to a scrape."""
         return metrics.render(await self.snapshot(), self.in_flight(), len(self.links))
 
-    async def demand(self, interval: float) -> DemandReport:
-        """The report since the last one."""
+    async def demand(self, interval: float, now: float) -> DemandReport:
+        """The report since the last one; monotonic seconds."""
         snapshot = await self.snapshot()
         running = {(model, variant): number for model, variant, number in self.in_flight()}
         models: list[ModelDemand] = []
@@ -201,7 +203,13 @@ class Hub:
             version=self.version,
             interval_seconds=interval,
             models=models,
+            tenants=self._limits.report(now),
         )
+
+    def answered(self, reply: DemandReply, now: float) -> None:
+        """Takes over what the registry says of the other routers; monotonic seconds."""
+        self.counters.routers[0] = reply.routers
+        self._limits.adopt(reply.tenants, now)
 
 
 def _demand(stats: VariantStats, before: VariantStats, in_flight: int) -> ModelDemand:

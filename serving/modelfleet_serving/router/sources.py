@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,7 @@ import aiohttp
 import msgspec
 import yaml
 
-from modelfleet_serving.contract import DemandReport, ModelRoute, RouteTable, TableUpdate, Wire
+from modelfleet_serving.contract import DemandReply, DemandReport, ModelRoute, RouteTable, TableUpdate, Wire
 from modelfleet_serving.router.checks import TableCheck
 from modelfleet_serving.router.hub import Hub
 from modelfleet_serving.router.slices import Slices
@@ -222,16 +223,16 @@ class RegistrySource:
         failing = False
         while True:
             await asyncio.sleep(DEMAND_SECONDS)
-            report = await self._hub.demand(DEMAND_SECONDS)
+            report = await self._hub.demand(DEMAND_SECONDS, time.monotonic())
             try:
-                await self._send(session, report)
+                self._hub.answered(await self._send(session, report), time.monotonic())
                 failing = False
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 if not failing:
                     _log.warning("demand is not reported: %s", str(error) or type(error).__name__)
                 failing = True
 
-    async def _send(self, session: aiohttp.ClientSession, report: DemandReport) -> None:
+    async def _send(self, session: aiohttp.ClientSession, report: DemandReport) -> DemandReply:
         body = msgspec.json.encode(report)
         headers = {"content-type": "application/json", **self._headers()}
         limit = aiohttp.ClientTimeout(total=5)
@@ -240,3 +241,6 @@ class RegistrySource:
         ) as answer:
             if answer.status >= 300:
                 raise aiohttp.ClientError(f"answered {answer.status}")
+            body = await answer.read()
+        # A registry of an older release has nothing to say.
+        return msgspec.json.decode(body, type=DemandReply) if body else DemandReply()

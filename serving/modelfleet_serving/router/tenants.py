@@ -32,7 +32,8 @@ and the whole hash compared in constant time. How long that takes says nothing a
 
 **Limits.** A minute's allowance may be used at once and comes back evenly. Tokens are reserved when a
 request is admitted and corrected by the engine's usage when it ends. Limits hold for all workers of one
-router that share memory; routers on several hosts each grant the whole limit: divide it by their number.
+router at once, and for all routers of one registry within about a second
+(:mod:`modelfleet_serving.router.shared_limits`). Routers with a table from a file each grant the whole limit.
 """
 
 from __future__ import annotations

@@ -180,6 +180,7 @@ class Worker:
         if self._sweeps % 10 == 0:
             self.date_line = f"date: {formatdate(time.time(), usegmt=True)}\r\n".encode()
             self.connector.sweep(now)
+            self.dispatcher.shared_by(self.counters.routers[0])
             for client in tuple(self.clients):
                 if client.deadline <= now or client.full:
                     client.sweep(now)

@@ -121,7 +121,7 @@ async def test_the_operator_is_woken(api: Api) -> None:
         assert seen is not None
     waiting = asyncio.create_task(api.state(seen.epoch, seen.version, wait=10))
     report = DemandReport(router="r", models=[ModelDemand(model="m", queued=1)])
-    assert (await api.call("POST", "/v1/demand", report))[0] == 204
+    assert (await api.call("POST", "/v1/demand", report))[0] == 200
     seen = await waiting
     assert seen is not None
     assert [(d.model, d.queued) for d in seen.demand] == [("m", 1)]

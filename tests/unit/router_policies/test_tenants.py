@@ -284,8 +284,9 @@ def test_without_limits_there_are_no_headers() -> None:
 
 
 def test_workers_share_limits_through_memory() -> None:
-    tags, rates, running = (memoryview(bytearray(8 * size)) for size in (4, 4 * RATES, 4))
-    cells = tags.cast("q"), rates.cast("d"), running.cast("i")
+    tags, rates, charged = (memoryview(bytearray(8 * size)) for size in (4, 4 * RATES, 8 * RATES))
+    running, elsewhere = (memoryview(bytearray(4 * size)).cast("i") for size in (8, 4))
+    cells = tags.cast("q"), rates.cast("d"), running, elsewhere, charged.cast("d")
     one, other = (Quotas(TenantRows(*cells, workers=2, worker=worker)) for worker in range(2))
     strict = tenant(requestsPerMinute=10, concurrency=10)
     leases = [(one if number % 2 else other).admit(strict, 5.0) for number in range(10)]

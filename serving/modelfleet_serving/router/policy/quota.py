@@ -4,6 +4,9 @@ A rate is one number: the time at which all that was used would be paid off (the
 algorithm's theoretical arrival time, ITU-T I.371). It fits an 8-byte cell, so that all workers of a router
 can share it through memory. Two workers that write at the same moment lose one of the two charges; the clock
 must be the same for all of them, as the monotonic clock of one host is.
+
+What each worker charged is counted as well, in cells of its own: routers tell it to the registry, and share
+their limits by it (:mod:`modelfleet_serving.router.shared_limits`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from modelfleet_serving.router.errors import RequestError
 RATES: Final = 3
 """Cells of a tenant: requests, input tokens, output tokens."""
 _MINUTE: Final = 60.0
-_LONGEST: Final = 600.0
+LONGEST: Final = 600.0
 """Most that anybody can owe, in seconds: one huge request must not lock a tenant out for hours."""
 _ROUNDING: Final = 1e-4
 """Seconds that sums of many charges may be off."""
@@ -79,60 +82,86 @@ class TenantRows:
         tags: One a row, zeroed at first.
         rates: ``RATES`` a row.
         running: ``workers`` a row: requests in flight, by worker.
+        elsewhere: One a row: requests in flight at other routers.
+        charged: ``RATES * workers`` a row: seconds of the allowance charged so far, by rate and worker.
         workers: How many share the memory.
         worker: Which of them this is.
     """
 
-    __slots__ = ("_known", "_size", "_tags", "_worker", "_workers", "rates", "running")
+    __slots__ = (
+        "_known", "_size", "_worker", "_workers", "charged", "elsewhere", "rates", "running", "tags"
+    )  # fmt: skip
 
     def __init__(
         self,
         tags: memoryview[int],
         rates: memoryview[float],
         running: memoryview[int],
+        elsewhere: memoryview[int],
+        charged: memoryview[float],
         workers: int = 1,
         worker: int = 0,
     ) -> None:
-        self._tags = tags
         self._size = len(tags)
         self._workers = workers
         self._worker = worker
         self._known: dict[str, tuple[int, int]] = {}
+        self.tags = tags
         self.rates = rates
         self.running = running
+        self.elsewhere = elsewhere
+        self.charged = charged
 
     @classmethod
     def private(cls) -> TenantRows:
         """Rows that nobody else sees."""
-        sizes = (_PRIVATE_ROWS * 8, _PRIVATE_ROWS * RATES * 8, _PRIVATE_ROWS * 4)
-        tags, rates, running = (memoryview(bytearray(size)) for size in sizes)
-        return cls(tags.cast("q"), rates.cast("d"), running.cast("i"))
+        tags, rates, charged = (memoryview(bytearray(_PRIVATE_ROWS * 8 * n)) for n in (1, RATES, RATES))
+        running, elsewhere = (memoryview(bytearray(_PRIVATE_ROWS * 4)) for _ in range(2))
+        return cls(tags.cast("q"), rates.cast("d"), running.cast("i"), elsewhere.cast("i"), charged.cast("d"))
 
     def row(self, name: str) -> int:
         """The row of a tenant."""
         known = self._known.get(name)
-        if known is not None and self._tags[known[0]] == known[1]:
+        if known is not None and self.tags[known[0]] == known[1]:
             return known[0]
-        tags = self._tags
+        tag = (xxh3_64_intdigest(name.encode()) & _TAG) or 1
+        row = self.row_of(tag)
+        if self.tags[row] == tag:
+            self._known[name] = (row, tag)
+        return row
+
+    def row_of(self, tag: int) -> int:
+        """The row of a tenant by its tag; somebody else's when all rows are taken."""
+        tags = self.tags
         size = self._size
-        digest = xxh3_64_intdigest(name.encode())
-        tag = (digest & _TAG) or 1
-        row = digest % size
+        row = tag % size
         for _ in range(size):
             found = tags[row]
             if not found:
                 tags[row] = found = tag
             if found == tag:
-                self._known[name] = (row, tag)
                 return row
             row = (row + 1) % size
-        return digest % size
+        return tag % size
 
     def add(self, row: int, change: int) -> None:
         """A request of a row's tenant begins (1) or ends (-1)."""
         self.running[row * self._workers + self._worker] += change
 
+    def charge(self, cell: int, seconds: float) -> None:
+        """Counts what was charged to a cell of ``rates``."""
+        self.charged[cell * self._workers + self._worker] += seconds
+
+    def charged_in_all(self, cell: int) -> float:
+        """Seconds charged to a cell of ``rates`` so far, over all workers."""
+        start = cell * self._workers
+        return sum(self.charged[start : start + self._workers])
+
     def total(self, row: int) -> int:
+        """Requests of a row's tenant in flight, over all workers, and other routers as far as is known."""
+        return self.elsewhere[row] + self.here(row)
+
+    def here(self, row: int) -> int:
         """Requests of a row's tenant in flight, over all workers."""
         start = row * self._workers
         running = self.running
@@ -227,15 +256,16 @@ class Quotas:
         self, limits: Limits, row: int, now: float, input_tokens: float, output_tokens: float
     ) -> bytes:
         """Charges a request on all three rates, or none; returns the header lines."""
-        cells = self._rows.rates
+        rows = self._rows
+        cells = rows.rates
         base = row * RATES
         requests_cost, input_cost, output_cost = limits.seconds
         input_cost *= input_tokens
         output_cost *= output_tokens
         requests, read, written = (
-            _owed(cells[base], now),
-            _owed(cells[base + 1], now),
-            _owed(cells[base + 2], now),
+            owed(cells[base], now),
+            owed(cells[base + 1], now),
+            owed(cells[base + 2], now),
         )
         units = limits.seconds
         wait = _wait(requests, requests_cost, units[0])
@@ -243,31 +273,34 @@ class Quotas:
         wait = max(wait, _wait(written, output_cost, units[2]))
         if wait > _ROUNDING:
             self._refuse(limits, (requests, read, written), (requests_cost, input_cost, output_cost), wait)
-        requests = min(requests + requests_cost, _LONGEST)
-        read = min(read + input_cost, _LONGEST)
-        written = min(written + output_cost, _LONGEST)
+        requests = min(requests + requests_cost, LONGEST)
+        read = min(read + input_cost, LONGEST)
+        written = min(written + output_cost, LONGEST)
         cells[base] = now + requests
+        rows.charge(base, requests_cost)
         if input_cost:
             cells[base + 1] = now + read
+            rows.charge(base + 1, input_cost)
         if output_cost:
             cells[base + 2] = now + written
+            rows.charge(base + 2, output_cost)
         return _headers(limits, requests, read, written)
 
     def _refuse(
         self,
         limits: Limits,
-        owed: tuple[float, float, float],
+        owing: tuple[float, float, float],
         costs: tuple[float, float, float],
         wait: float,
     ) -> None:
-        worst = max(range(RATES), key=lambda index: _wait(owed[index], costs[index], limits.seconds[index]))
+        worst = max(range(RATES), key=lambda index: _wait(owing[index], costs[index], limits.seconds[index]))
         raise RequestError(
             429,
             f"{limits.name!r} has reached its limit of {limits.rates[worst]} {_WORDS[worst]}; "
             f"try again in {wait:.1f} s",
             code="rate_limit_exceeded",
             retry_after=wait,
-            headers=_headers(limits, *owed),
+            headers=_headers(limits, *owing),
         )
 
     def end(self, limits: Limits, row: int, now: float, input_tokens: float, output_tokens: float) -> None:
@@ -281,25 +314,26 @@ class Quotas:
     def _correct(self, cell: int, now: float, seconds: float) -> None:
         if seconds:
             cells = self._rows.rates
-            cells[cell] = now + min(_owed(cells[cell], now) + seconds, _LONGEST)
+            cells[cell] = now + min(owed(cells[cell], now) + seconds, LONGEST)
+            self._rows.charge(cell, seconds)
 
 
-def _owed(cell: float, now: float) -> float:
+def owed(cell: float, now: float) -> float:
     """Seconds until all is paid off: never negative, nor, should a cell be from another clock, very many."""
-    owed = cell - now
-    if owed <= 0.0:
+    seconds = cell - now
+    if seconds <= 0.0:
         return 0.0
-    return min(_LONGEST, owed)
+    return min(LONGEST, seconds)
 
 
-def _wait(owed: float, cost: float, unit: float) -> float:
+def _wait(owing: float, cost: float, unit: float) -> float:
     """Seconds until a charge fits in; 0 when it does or there is no limit.
 
     A minute's allowance may be used at once; more than it waits for the whole of it.
     """
     if not unit:
         return 0.0
-    return owed + (min(_MINUTE, cost)) - _MINUTE
+    return owing + (min(_MINUTE, cost)) - _MINUTE
 
 
 def _headers(limits: Limits, requests: float, read: float, written: float) -> bytes:
@@ -316,12 +350,12 @@ def _headers(limits: Limits, requests: float, read: float, written: float) -> by
     return headers
 
 
-def _lines(words: tuple[bytes, bytes], owed: float, unit: float) -> bytes:
-    return b"".join((words[0], write_digits(_left(owed, unit)), words[1], _duration(owed), b"\r\n"))
+def _lines(words: tuple[bytes, bytes], owing: float, unit: float) -> bytes:
+    return b"".join((words[0], write_digits(_left(owing, unit)), words[1], _duration(owing), b"\r\n"))
 
 
-def _left(owed: float, unit: float) -> int:
-    left = int((_MINUTE - owed + _ROUNDING) / unit)
+def _left(owing: float, unit: float) -> int:
+    left = int((_MINUTE - owing + _ROUNDING) / unit)
     return max(0, left)
 
 
