@@ -2,8 +2,8 @@
 
 Every second a router tells what each tenant was charged since its last report, and what runs. The registry
 adds that up over all routers and answers with what is owed altogether. Between two reports a router knows its
-own charges at once and those of the others as they were: a tenant that uses all routers at the same time can go
-over its limit by what it sends within about a second, and pays that off before it gets more.
+own charges at once and those of the others as they were: a tenant that uses all routers at the same time can
+go over its limit by what it sends within about a second, and pays that off before it gets more.
 
 Without a registry, and while it does not answer, each router grants by what it knows.
 """

@@ -189,7 +189,7 @@ def test_accounts_are_bounded_and_go_when_all_is_paid() -> None:
 def test_over_minutes_all_routers_together_grant_the_limit(
     seed: int, routers: int, lost: float, rate: float
 ) -> None:
-    """Who asks all the time and everywhere gets a minute's worth at once, then the rate, and a second's excess."""
+    """Who asks all the time, everywhere, gets a minute's worth, then the rate, and a second's excess."""
     rng = random.Random(seed)
     fleet = [Router(f"r{number}") for number in range(routers)]
     accounts = TenantAccounts()
