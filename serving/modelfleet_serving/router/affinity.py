@@ -24,7 +24,7 @@ keeps the first, and a prompt that nobody holds goes to the least loaded replica
 **Several workers** of one host share the table through shared memory, and decide as one. **Several hosts**
 share no table. With ``home`` they agree because each prompt has one: the replica that a consistent hash of
 the first block that is new names. It may be loaded by ``home * (1 - f)`` above the least. One host needs
-none; several want 16, at some cost for traffic that shares nothing. The registry tells a router how many there are.
+none; several want 16, at some cost for traffic that shares nothing. The registry tells how many there are.
 
 **Cost** with eight replicas, hashing and recording included: 2 KB about 10 µs, 32 KB 20 µs, 220 KB 50 µs.
 """
