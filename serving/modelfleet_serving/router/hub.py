@@ -111,6 +111,7 @@ class Hub:
             for key in model_keys(self._models.pop(name)):
                 self.rows.release(key)
         for start in range(0, max(1, len(models)), _PART_MODELS):
+            slices = Slices()
             part = TableChange(models=models[start : start + _PART_MODELS])
             for model in part.models:
                 await slices.pause()

@@ -217,10 +217,14 @@ async def _until_drained(channel: Channel, drained: Awaitable[None], worker: Wor
 
 
 def tune_collector() -> None:
-    """Requests make few cycles: the collector need not look at every connection all the time."""
+    """Requests make few cycles: the collector need not look at every connection all the time.
+
+    What it looks at, it looks at without a pause, cold memory included: 20,000 objects take 35 ms on a slow
+    machine. So it looks at few at a time, and at those of a large route table hardly ever.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(2_000, 3, 1_000)
 
 
 def main() -> None:

@@ -139,8 +139,8 @@ class Worker:
             await slices.pause()
         if not change.more:
             table.publish()
-        for endpoint in gone:
-            self.connector.drop(endpoint)
+        while gone:  # one after the other, and so is its memory
+            self.connector.drop(gone.pop())
             await slices.pause()
         if not change.more:
             self.dispatcher.waiting.sweep(self.now())
