@@ -178,7 +178,7 @@ def test_measured_memory_is_kept_in_status(world: World, operator: OperatorProce
 def test_waits_for_a_late_accelerator_then_takes_the_next(world: World) -> None:
     world.ray.ray.never_start = {"A10"}
     world.ray.ray.nodes = [{"CPU": 8.0, "GPU": 4.0, "accelerator_type:T4": 1.0}]
-    with world.operator(PENDING_SECONDS="1") as operator:
+    with world.operator(PENDING_SECONDS="4") as operator:
         operator.wait_ready()
         choice = [{"name": "a", "accelerators": [{"type": "A10"}, {"type": "T4"}]}]
         world.apply(deployment(variants=choice))
