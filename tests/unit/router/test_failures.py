@@ -177,7 +177,9 @@ async def test_requests_wait_for_an_engine_that_becomes_ready(router: Harness) -
     for client in clients:
         client.send(post())
     await until(lambda: len(router.worker.active) == 5)
-    (report,) = [entry for entry in (await router.hub.demand(1.0)).models if not entry.variant]
+    (report,) = [
+        entry for entry in (await router.hub.demand(1.0, router.worker.now())).models if not entry.variant
+    ]
     assert (report.queued, report.requests) == (5, 5)
     await clients[0].close()
     await until(lambda: len(router.worker.active) == 4)
