@@ -40,6 +40,7 @@ def variant_request(
     *,
     replicas: int | None = None,
     current: str | None = None,
+    current_percent: int | None = None,
     lora_rank: int | None = None,
 ) -> VariantRequest:
     """The request of one variant.
@@ -50,6 +51,7 @@ def variant_request(
         facts: what is known of checkpoints and adapters.
         replicas: to hold now; default the variant's minimum.
         current: accelerator that it runs on.
+        current_percent: share of it that the running engines take, in percent.
         lora_rank: that it runs with.
     """
     spec = deployment.spec
@@ -75,6 +77,7 @@ def variant_request(
         adapters=len(spec.adapters),
         notes=notes,
         current=current,
+        current_percent=current_percent if engine.gpu_memory_percent is None else None,
         measurements=_measurements(deployment, variant.name),
     )
 

@@ -43,23 +43,69 @@ def plan_all(requests: Mapping[str, VariantRequest], pool: PoolView) -> dict[str
     """Plan variants together.
 
     Variants that run already are placed first, where they run; the others follow in the mapping's order.
+    Where some find nothing free, small ones that are new as well, and would take whole GPUs, share them
+    instead: the last ones first, and as few as will do.
 
     Args:
         requests: by a key of the caller's choice.
         pool: what there is, without the share of the variants asked about.
     """
-    capacity = {group.accelerator: GroupCapacity.of(group) for group in pool.groups}
     sizes: Sizes = {}
+    results = _plan_round(requests, pool, sizes, frozenset())
+    movable = _movable(requests, results)
+    number = 1
+    while movable and _stuck(results):
+        other = _plan_round(requests, pool, sizes, frozenset(movable[-number:]))
+        if len(_stuck(other)) < len(_stuck(results)) and _stuck(other) <= _stuck(results):
+            results = other
+        if number >= len(movable):
+            break
+        number *= 2
+    return results
+
+
+def _plan_round(
+    requests: Mapping[str, VariantRequest], pool: PoolView, sizes: Sizes, packed: frozenset[str]
+) -> dict[str, PlanResult]:
+    capacity = {group.accelerator: GroupCapacity.of(group) for group in pool.groups}
     order = sorted(requests, key=lambda key: requests[key].current is None)
-    results = {key: _plan_one(requests[key], pool, capacity, sizes) for key in order}
+    results = {key: _plan_one(requests[key], pool, capacity, sizes, packed=key in packed) for key in order}
     return {key: results[key] for key in requests}
 
 
+def _stuck(results: Mapping[str, PlanResult]) -> set[str]:
+    """What would run if more were free, or with more replicas."""
+    return {key for key, result in results.items() if result.reason == Rule.NONE_FREE}
+
+
+def _movable(requests: Mapping[str, VariantRequest], results: Mapping[str, PlanResult]) -> list[str]:
+    """New variants on whole GPUs of a kind that others find none of."""
+    short = {
+        rejection.accelerator
+        for key in _stuck(results)
+        for rejection in results[key].rejections
+        if rejection.rule is Rule.NONE_FREE
+    }
+    return [
+        key
+        for key, result in results.items()
+        if requests[key].current is None
+        and result.plan is not None
+        and result.plan.accelerators_per_replica == 1
+        and result.plan.accelerator in short
+    ]
+
+
 def _plan_one(
-    request: VariantRequest, pool: PoolView, capacity: dict[str, GroupCapacity], sizes: Sizes
+    request: VariantRequest,
+    pool: PoolView,
+    capacity: dict[str, GroupCapacity],
+    sizes: Sizes,
+    *,
+    packed: bool,
 ) -> PlanResult:
     try:
-        return _Placement(request, pool, capacity, sizes).run()
+        return _Placement(request, pool, capacity, sizes, packed=packed).run()
     except Exception as error:  # noqa: BLE001  one odd checkpoint must not keep all others from their plans
         text = f"the arithmetic fails on this checkpoint ({type(error).__name__}: {error}); please report it"
         return PlanResult(
@@ -88,12 +134,19 @@ def _ranked(found: list[Sized]) -> tuple[VariantPlan, ...]:
 
 
 class _Placement:
-    """Placing one variant."""
+    """Placing one variant. With ``packed`` it shares a GPU where it may, even if a whole one is free."""
 
     def __init__(
-        self, request: VariantRequest, pool: PoolView, capacity: dict[str, GroupCapacity], sizes: Sizes
+        self,
+        request: VariantRequest,
+        pool: PoolView,
+        capacity: dict[str, GroupCapacity],
+        sizes: Sizes,
+        *,
+        packed: bool,
     ) -> None:
         self.request = request
+        self.packed = packed or request.current_percent is not None
         self.groups: dict[str, AcceleratorGroup] = {group.accelerator: group for group in pool.groups}
         self.capacity = capacity
         self.rejections: list[Rejection] = []
@@ -214,14 +267,11 @@ class _Placement:
 
     def _place_whole_or_packed(self, preference: AcceleratorPreference, sized: Sized) -> VariantPlan | None:
         capacity = self.capacity[sized.plan.accelerator]
-        now = self._place(sized, capacity)
-        if now is not None:
-            return replace(sized.plan, placed_now=now)
-        packed = pack_variant(self.request, preference, capacity.group, sized.plan)
-        if packed is not None:
-            now = self._place(packed, capacity)
-            if now is not None:
-                return replace(packed.plan, placed_now=now)
+        for share in (True, False) if self.packed else (False, True):
+            chosen = pack_variant(self.request, preference, capacity.group, sized.plan) if share else sized
+            now = self._place(chosen, capacity) if chosen is not None else None
+            if chosen is not None and now is not None:
+                return replace(chosen.plan, placed_now=now)
         self.rejections.append(self._none_free(sized, capacity))
         return None
 

@@ -13,7 +13,12 @@ from modelfleet_operator.planner.facts import ModelUnavailable
 from modelfleet_operator.planner.fit import Fit
 from modelfleet_operator.planner.legality import judge
 from modelfleet_operator.planner.on_cpu import size_on_cpu
-from modelfleet_operator.planner.on_gpus import SMALL_FRACTION, rounded_percent, size_on_gpus
+from modelfleet_operator.planner.on_gpus import (
+    FRACTION_STEP,
+    SMALL_FRACTION,
+    rounded_percent,
+    size_on_gpus,
+)
 from modelfleet_operator.planner.types import (
     SIMULATOR,
     AcceleratorGroup,
@@ -77,7 +82,10 @@ def _engine_problem(engine: EngineSettings, known: Accelerator) -> Rejection | N
 def pack_variant(
     request: VariantRequest, preference: AcceleratorPreference, group: AcceleratorGroup, whole: VariantPlan
 ) -> Sized | None:
-    """The variant on a share of a GPU, where half of one is enough; for when no whole one is free."""
+    """The variant on a share of a GPU, where half of one is enough; for when no whole one is free.
+
+    One that runs on a share keeps it while what it needs is not a step apart.
+    """
     known = accelerator(group.accelerator)
     engine = request.engine
     fixed = engine.gpu_memory_percent is not None or engine.kv_cache_memory_bytes is not None
@@ -94,8 +102,11 @@ def pack_variant(
     per_token = whole.kv_cache_gib / whole.kv_cache_tokens
     need = whole.weights_gib + whole.overhead_gib + PACKED_SEQUENCES * (whole.max_model_len or 0) * per_token
     percent = rounded_percent(need, known.memory_gib)
-    if percent > SMALL_FRACTION:
-        return None
-    packed = replace(request, engine=msgspec.structs.replace(engine, gpu_memory_percent=percent))
-    sized = size_variant(packed, preference, group)
-    return sized if isinstance(sized, Sized) else None
+    running = request.current_percent if request.current == group.accelerator else None
+    close = running is not None and abs(percent - running) <= FRACTION_STEP
+    for share in dict.fromkeys((running if close and running else percent, percent)):
+        if share <= SMALL_FRACTION:
+            packed = replace(request, engine=msgspec.structs.replace(engine, gpu_memory_percent=share))
+            if isinstance(sized := size_variant(packed, preference, group), Sized):
+                return sized
+    return None

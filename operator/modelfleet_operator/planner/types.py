@@ -91,6 +91,7 @@ class VariantRequest:
         adapters: LoRA adapters that are served beside the model.
         notes: what its user should know however it is planned.
         current: accelerator type that it runs on now: kept as long as the variant still fits there.
+        current_percent: share of a GPU that was chosen for what runs now; kept likewise.
         measurements: what engines of this variant reported before, with the same settings.
         min_tokens: KV cache tokens to have at least; default one sequence of the context asked for.
     """
@@ -104,6 +105,7 @@ class VariantRequest:
     adapters: int = 0
     notes: tuple[str, ...] = ()
     current: str | None = None
+    current_percent: int | None = None
     measurements: tuple[Measurement, ...] = ()
     min_tokens: int | None = None
 

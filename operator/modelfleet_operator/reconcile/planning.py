@@ -26,6 +26,7 @@ from modelfleet_operator.planner.types import AcceleratorGroup, AcceleratorPrefe
 from modelfleet_operator.reconcile.applications import ApplicationState, args_of, revision
 from modelfleet_operator.reconcile.core import replicas_of
 from modelfleet_operator.reconcile.observed import Observed
+from modelfleet_serving.contract import ApplicationArgs
 
 Key = tuple[str, str]
 """ModelDeployment and variant."""
@@ -248,6 +249,7 @@ def _plan(requests: Mapping[Key, VariantRequest], view: PoolView) -> dict[Key, P
 def _request(
     deployment: ModelDeployment, variant: Variant, facts: Facts, observed: Observed
 ) -> VariantRequest:
+    args = _in_use(variant.name, observed)
     status = deployment.status
     if status is not None and status.observed_generation != deployment.metadata.generation:
         # What was measured may have been measured with other settings.
@@ -257,7 +259,8 @@ def _request(
         variant,
         facts,
         replicas=replicas_of(deployment, variant, observed),
-        current=_accelerator_in_use(variant.name, observed),
+        current=args.accelerator if args else None,
+        current_percent=args.engine.gpu_memory_percent if args and args.resources.num_gpus < 1 else None,
         lora_rank=_lora_rank_in_use(variant.name, observed),
     )
 
@@ -269,14 +272,17 @@ def _lora_rank_in_use(variant: str, observed: Observed) -> int | None:
     return max((a.engine.lora.max_rank for a in started if a and a.engine.lora), default=None)
 
 
-def _accelerator_in_use(variant: str, observed: Observed) -> str | None:
-    """Where the revision with the most ready replicas runs: it stays there as long as the plan allows."""
+def _in_use(variant: str, observed: Observed) -> ApplicationArgs | None:
+    """How the revision with the most ready replicas runs: it stays so as long as the plan allows."""
     running = [
-        (seen.ready, args.accelerator)
-        for seen in observed.revisions(variant).values()
+        (seen.ready, args.accelerator, number)
+        for number, seen in observed.revisions(variant).items()
         if seen.application and not seen.application.deleting and (args := args_of(seen.application))
     ]
-    return max(running)[1] if running else None
+    if not running:
+        return None
+    application = observed.revisions(variant)[max(running)[2]].application
+    return args_of(application) if application else None
 
 
 def _revision_is_due(

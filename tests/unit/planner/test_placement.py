@@ -116,6 +116,60 @@ def test_small_models_share_a_gpu_when_no_whole_one_is_free() -> None:
     assert all(p is not None and p / 100 < share for p, share in zip(percents, shares, strict=True))
 
 
+def _shares(results: dict[str, PlanResult]) -> list[float | None]:
+    return [r.plan.accelerators_per_replica if r.plan else None for r in results.values()]
+
+
+def small(**fields: Any) -> VariantRequest:
+    return VariantRequest(SMALL, engine=EngineSettings(type="vLLM", max_model_len=4096), **fields)
+
+
+def test_new_small_models_share_the_only_gpu() -> None:
+    results = plan_all({"a": small(), "b": small()}, pool("H100"))
+    shares = [share or 0.0 for share in _shares(results)]
+    assert all(0 < share <= 0.55 for share in shares)
+    assert all(r.fits for r in results.values())
+    assert all(r.plan and r.plan.engine.gpu_memory_percent for r in results.values())
+
+
+def test_no_more_share_than_have_to() -> None:
+    results = plan_all({name: small() for name in "abcde"}, PoolView((group("H100", gpus=3, nodes=1),)))
+    shares = [share or 0.0 for share in _shares(results)]
+    assert shares[:2] == [1.0, 1.0]
+    assert all(0 < share < 1 for share in shares[2:])
+
+
+def test_a_large_one_gets_the_gpu_that_small_ones_can_spare() -> None:
+    requests = {"a": small(), "b": small(), "large": on("A10")}
+    results = plan_all(requests, PoolView((group("A10", gpus=2, nodes=1),)))
+    assert all(r.fits for r in results.values())
+    shares = _shares(results)
+    assert shares[2] == 1.0
+    assert all(share and share < 1 for share in shares[:2])
+
+
+def test_what_runs_on_a_whole_gpu_does_not_make_room() -> None:
+    results = plan_all({"runs": small(current="H100"), "new": small()}, pool("H100"))
+    assert _shares(results) == [1.0, None]
+    assert results["new"].reason == "AcceleratorsNotFree"
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_what_runs_on_a_share_keeps_it(step: int) -> None:
+    """Also when the whole GPU has become free, or the estimate moved by a step: another share restarts it."""
+    first = plan_all({"a": small(), "b": small()}, pool("A10"))["a"].plan
+    assert first
+    assert first.engine.gpu_memory_percent
+    percent = first.engine.gpu_memory_percent + step
+    again = plan_all({"a": small(current="A10", current_percent=percent)}, pool("A10"))["a"].plan
+    assert again
+    assert again.engine.gpu_memory_percent == percent
+    assert again.accelerators_per_replica < 1
+    needs_more = plan_all({"a": small(current="A10", current_percent=5)}, pool("A10"))["a"].plan
+    assert needs_more
+    assert needs_more.engine == first.engine
+
+
 def test_encoders_take_the_share_that_they_need() -> None:
     facts = config("BAAI/bge-large-en-v1.5").facts
     requests = {str(n): VariantRequest(facts, task=Task.EMBED) for n in range(4)}
