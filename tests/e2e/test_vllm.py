@@ -67,7 +67,11 @@ def test_status_has_the_plan_and_what_the_engine_measured(real: Platform) -> Non
     weights = {name: float(row["plan"]["weightsGiB"]) for name, row in rows.items()}
     assert 0 < weights["int8"] < weights["bf16"] < 0.5
     for row in rows.values():
-        assert row["measurements"][0]["kvCacheTokens"] == row["plan"]["kvCacheTokens"]
+        planned, measured_tokens = row["plan"]["kvCacheTokens"], row["measurements"][0]["kvCacheTokens"]
+        if row["accelerator"] == "CPU":
+            assert measured_tokens == planned
+        else:
+            assert planned <= measured_tokens <= 1.3 * planned
 
 
 def test_weights_split_requests(real: Platform) -> None:

@@ -36,6 +36,7 @@ from modelfleet_serving.supervisor.engine_process import (
     secrets_of,
 )
 from modelfleet_serving.supervisor.failures import classify, describe
+from modelfleet_serving.supervisor.gpu_turn import GpuTurn
 from modelfleet_serving.supervisor.heartbeat import HeartbeatSender
 from modelfleet_serving.supervisor.launch import Start, UnlaunchableError, prepare
 from modelfleet_serving.supervisor.probes import EngineClient
@@ -130,6 +131,7 @@ class Supervisor:
         self._memory: EngineMemory | None = None
         self._leave: _Leave | None = None
         self._stopping = asyncio.Event()
+        self._turn = GpuTurn.of(self.args.resources.num_gpus, self.environ)
         self._gone = asyncio.Event()
 
     @property
@@ -222,6 +224,12 @@ class Supervisor:
     async def _live(self) -> None:
         """From the launch to the end; always tells how it ended."""
         try:
+            await self._live_once()
+        finally:
+            self._turn.give_back()
+
+    async def _live_once(self) -> None:
+        try:
             start, process = await self._launch()
         except UnlaunchableError as error:
             self._fail(error.reason, str(error))
@@ -242,6 +250,8 @@ class Supervisor:
         self._fail(classify(end, lines), describe(f"the engine ended ({end})", lines))
 
     async def _launch(self) -> tuple[Start, EngineProcess]:
+        if not await self._turn.take(self._limits.start, self._stopping):
+            raise UnlaunchableError("Stopped", "told to stop while another engine was starting on this GPU")
         port = free_port(self.host)
         start = await asyncio.to_thread(prepare, self.args, self.adapter, self.host, port, self.environ)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -261,6 +271,7 @@ class Supervisor:
             async with aiohttp.ClientSession() as session:
                 client = EngineClient(session, start.url, self.adapter)
                 await self._until_ready(client, process, urlsplit(start.url).port or 0)
+                self._turn.give_back()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(FIRST_ADAPTERS_SECONDS):
                         await self._adapters.update(client)
