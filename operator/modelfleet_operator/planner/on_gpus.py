@@ -97,7 +97,7 @@ def _size(fit: Fit, tensor: int, pipeline: int) -> Sized | Rejection:
         settings = msgspec.structs.replace(settings, gpu_memory_percent=percent)
         estimate = fit.footprint(settings, fit.accelerator.memory_gib)
         applied["gpuMemoryPercent"] = "the share that the model needs"
-    measured = _measurement(fit, tensor)
+    measured = _measurement(fit, settings)
     foot = _measured_footprint(estimate, measured)
     fits = foot.layout.largest_context(foot.kv_cache, fit.context)
     if (problem := fit.memory_problem(foot, fits)) is not None:
@@ -142,7 +142,10 @@ def _encoder_percent(fit: Fit, settings: EngineSettings, foot: Footprint) -> int
     return percent if percent <= SMALL_FRACTION else None
 
 
-def _measurement(fit: Fit, tensor: int) -> Measurement | None:
+def _measurement(fit: Fit, settings: EngineSettings) -> Measurement | None:
+    """What an engine like this one reported; not one with a whole GPU where this takes a share."""
+    room = fit.accelerator.memory_gib * (settings.gpu_memory_percent or 100) / 100
+    tensor = settings.tensor_parallel_size
     return next(
         (
             m
@@ -150,6 +153,7 @@ def _measurement(fit: Fit, tensor: int) -> Measurement | None:
             if m.accelerator == fit.accelerator.name
             and m.tensor_parallel_size == tensor
             and m.kv_cache_gib is not None
+            and m.kv_cache_gib <= room
         ),
         None,
     )

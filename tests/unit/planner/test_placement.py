@@ -170,6 +170,16 @@ def test_what_runs_on_a_share_keeps_it(step: int) -> None:
     assert needs_more.engine == first.engine
 
 
+def test_what_was_measured_on_a_whole_gpu_says_nothing_of_a_share() -> None:
+    whole = Measurement("H100", 1, 0.93, 70.0, 6_000_000)
+    fresh = plan_all({"a": small(), "b": small()}, pool("H100"))
+    again = plan_all({"a": small(measurements=(whole,)), "b": small()}, pool("H100"))
+    assert fresh["a"].plan == again["a"].plan
+    alone = plan_variant(small(measurements=(whole,)), pool("H100")).plan
+    assert alone
+    assert alone.measured == whole
+
+
 def test_encoders_take_the_share_that_they_need() -> None:
     facts = config("BAAI/bge-large-en-v1.5").facts
     requests = {str(n): VariantRequest(facts, task=Task.EMBED) for n in range(4)}
