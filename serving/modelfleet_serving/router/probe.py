@@ -8,8 +8,11 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.health import Failure
+from modelfleet_serving.router.slices import Slices
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from modelfleet_serving.router.table import EndpointRef
     from modelfleet_serving.router.worker import Worker
 
@@ -32,7 +35,6 @@ class Prober:
         self._worker = worker
         self._interval = worker.settings.health_interval
         self._path = worker.settings.health_path
-        self._places = asyncio.Semaphore(MAX_CONCURRENT)
 
     async def run(self) -> None:
         """Checks until cancelled; each engine once an interval, the workers of a router in turn."""
@@ -41,25 +43,31 @@ class Prober:
             return
         while True:
             await asyncio.sleep(self._interval * counters.workers)
+            endpoints = iter(await self._idle_endpoints())
             async with asyncio.TaskGroup() as group:
-                for endpoint in self._idle_endpoints():
-                    group.create_task(self._check(endpoint))
+                # Not a task for each: ten thousand of them would hold all requests up.
+                for _ in range(MAX_CONCURRENT):
+                    group.create_task(self._check(endpoints))
 
-    def _idle_endpoints(self) -> list[EndpointRef]:
+    async def _idle_endpoints(self) -> list[EndpointRef]:
         total = self._worker.counters.total
-        return [
-            endpoint
-            for model in self._worker.table.models.values()
-            for variant in model.variants.values()
-            for endpoint in variant.endpoints
-            if endpoint.ready and endpoint.limit and not total(endpoint.row)
-        ]
+        found: list[EndpointRef] = []
+        slices = Slices()
+        for model in tuple(self._worker.table.models.values()):
+            found += [
+                endpoint
+                for variant in model.variants.values()
+                for endpoint in variant.endpoints
+                if endpoint.ready and endpoint.limit and not total(endpoint.row)
+            ]
+            await slices.pause()
+        return found
 
-    async def _check(self, endpoint: EndpointRef) -> None:
-        async with self._places:
+    async def _check(self, endpoints: Iterator[EndpointRef]) -> None:
+        for endpoint in endpoints:
             failure = await self._ask(endpoint)
-        if failure is not None and endpoint.ready:
-            self._worker.dispatcher.failed(endpoint, failure)
+            if failure is not None and endpoint.ready:
+                self._worker.dispatcher.failed(endpoint, failure)
 
     async def _ask(self, endpoint: EndpointRef) -> Failure | None:
         writer: asyncio.StreamWriter | None = None
