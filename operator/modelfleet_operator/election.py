@@ -147,8 +147,9 @@ async def lead(
     async def leading() -> None:
         nonlocal working
         working = asyncio.current_task()
-        if stop.is_set():
-            return  # told to end while it was to begin
+        if stop.is_set():  # told to end while it was to begin
+            done.set_result(None)
+            return
         LEADER.set(1)
         log.info("%s leads", settings.identity)
         try:

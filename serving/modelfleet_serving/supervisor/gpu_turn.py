@@ -53,18 +53,21 @@ class GpuTurn:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         until = asyncio.get_running_loop().time() + seconds
-        while not stop.is_set():
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._file = file
-                return True
-            if asyncio.get_running_loop().time() > until:
-                _log.warning("%s: held for %g s; the engine starts beside another one", self._path, seconds)
-                break
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), POLL_SECONDS)
-        os.close(file)
-        return not stop.is_set()
+        try:
+            while not stop.is_set():
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._file = file
+                    return True
+                if asyncio.get_running_loop().time() > until:
+                    _log.warning("%s: held for %g s; the engine starts beside another", self._path, seconds)
+                    return True
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), POLL_SECONDS)
+            return False
+        finally:
+            if self._file is None:
+                os.close(file)
 
     def give_back(self) -> None:
         """Let the next one start."""

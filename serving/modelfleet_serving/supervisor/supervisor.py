@@ -250,10 +250,11 @@ class Supervisor:
         self._fail(classify(end, lines), describe(f"the engine ended ({end})", lines))
 
     async def _launch(self) -> tuple[Start, EngineProcess]:
-        if not await self._turn.take(self._limits.start, self._stopping):
-            raise UnlaunchableError("Stopped", "told to stop while another engine was starting on this GPU")
         port = free_port(self.host)
         start = await asyncio.to_thread(prepare, self.args, self.adapter, self.host, port, self.environ)
+        # Not before: copying weights may take long, and needs no GPU.
+        if not await self._turn.take(self._limits.start, self._stopping):
+            raise UnlaunchableError("Stopped", "told to stop while another engine was starting on this GPU")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         process = EngineProcess(self.log)
         await process.start(start.command, start.environment, self.log.parent)

@@ -118,6 +118,14 @@ async def test_a_standby_ends_at_once_and_gives_nothing_back(lease: Lease, api: 
     assert not lease.given_back
 
 
+async def test_told_to_stop_while_it_is_to_begin(lease: Lease, api: ApiClient) -> None:
+    stop = asyncio.Event()
+    stop.set()
+    work = Working(stop)
+    await asyncio.wait_for(lead(api, Settings(), work, stop), 1)
+    assert not work.began.is_set()
+
+
 async def test_work_that_fails_is_the_error_of_leading(lease: Lease, api: ApiClient) -> None:
     async def fail(leadership: Leadership) -> None:
         raise ValueError("no way")
