@@ -6,7 +6,8 @@ BENCHES := router datapath operator planner registry simulator
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster record-demo test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
-.PHONY: test-chart test-engine test-native test-ray-beside-compiler native generate-install
+.PHONY: test-chart test-engine test-native test-tools native generate-install
+.PHONY: lint-beside-compiler test-chart-beside-ray test-engine-and-ray
 .PHONY: bench bench-venv bench-router bench-datapath bench-operator bench-planner soak-router
 
 help: ## This list.
@@ -24,13 +25,19 @@ demo-cluster: venv ## The demo through kubectl: a real control plane, the operat
 record-demo: venv ## Record demo-cluster anew: docs/demo-cluster.cast and .svg (needs npm).
 	@$(PY) scripts/record_demo.py
 
-test: venv lint test-unit test-engine test-ray-beside-compiler test-native test-e2e test-controlplane test-chart ## Everything, as CI runs it.
+test: venv lint-beside-compiler test-unit test-chart-beside-ray test-native test-e2e test-controlplane ## Everything, as CI runs it.
 
-# The compiler keeps one core busy for a minute and a half; Ray's tests wait more than they work.
-test-ray-beside-compiler: venv
-	$(MAKE) --no-print-directory --jobs=2 native test-ray
+# One core each.
+lint-beside-compiler: venv
+	$(MAKE) --no-print-directory --jobs=2 lint native
 
-test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (under a minute).
+# All of these wait more than they work, and none of them measures time.
+test-chart-beside-ray: venv test-tools
+	$(MAKE) --no-print-directory --jobs=2 test-chart test-engine-and-ray
+
+test-engine-and-ray: test-engine test-ray
+
+test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (two minutes).
 	MODELFLEET_ROUTER_NATIVE=0 $(PYTEST) tests/unit -m "not engine" --numprocesses auto --dist loadfile
 
 native: venv ## Compile the router's data path, as the image has it (needs a C compiler).
@@ -89,10 +96,13 @@ soak-router: bench-venv ## The router under load and faults: every request accou
 test-ray: venv ## Replicas and registry on a real local Ray.
 	$(PYTEST) tests/ray
 
-test-controlplane: venv ## The operator against a real control plane (built on the first run: minutes).
-	$(PYTEST) tests/controlplane
+test-tools: venv ## Build kube-apiserver, etcd, helm and the other tools of the test bed (the first time: minutes).
+	@$(PY) -m tests.controlplane.bed build
 
-test-chart: venv ## The chart with the real Helm, the manifests and the images' files, on the same control plane.
+test-controlplane: venv test-tools ## The operator against real control planes, two at a time.
+	$(PYTEST) tests/controlplane --numprocesses 2 --dist loadfile
+
+test-chart: venv test-tools ## The chart with the real Helm, the manifests and the images' files, on the same control plane.
 	$(PYTEST) tests/chart
 
 test-e2e: venv ## The whole path: simulated engines, then real vLLM.
