@@ -22,6 +22,26 @@ class PendingTracker:
     _since: dict[tuple[str, str], float] = field(default_factory=dict)
     _late: dict[str, float] = field(default_factory=dict)
 
+    def note(self, waiting: Mapping[str, str], now: float) -> None:
+        """Begin to count for what has just begun to wait.
+
+        Args:
+            waiting: accelerator by variant.
+            now: monotonic seconds.
+        """
+        self._since = {pair: self._since.get(pair, now) for pair in waiting.items()}
+
+    def next_late(self) -> float | None:
+        """Monotonic seconds at which the next accelerator is late; ``None`` when none is waited for."""
+        return min(
+            (
+                since + self.limit
+                for (_, accelerator), since in self._since.items()
+                if accelerator not in self._late
+            ),
+            default=None,
+        )
+
     def late(self, waiting: Mapping[str, str], now: float) -> frozenset[str]:
         """Accelerators that are late.
 
@@ -29,8 +49,7 @@ class PendingTracker:
             waiting: accelerator by variant.
             now: monotonic seconds.
         """
-        pairs = set(waiting.items())
-        self._since = {pair: self._since.get(pair, now) for pair in pairs}
+        self.note(waiting, now)
         for (_, accelerator), since in self._since.items():
             if now - since >= self.limit:
                 self._late.setdefault(accelerator, now)

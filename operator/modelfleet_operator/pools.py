@@ -109,6 +109,8 @@ class PoolRunner:
     _pending: PendingTracker = field(init=False)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _has_token: asyncio.Event = field(default_factory=asyncio.Event)
+    _moved: asyncio.Event = field(default_factory=asyncio.Event)
+    """The state of ModelDeployments has changed."""
 
     def __post_init__(self) -> None:
         self._pending = PendingTracker(self.tools.settings.pending_seconds)
@@ -225,6 +227,7 @@ class PoolRunner:
             group.create_task(self._keep_token())
             group.create_task(self._controller())
             group.create_task(self._watch_nodes())
+            group.create_task(self._watch_pending())
             group.create_task(self._keep_status())
 
     async def _controller(self) -> None:
@@ -311,6 +314,19 @@ class PoolRunner:
             self._changed.set()
             await asyncio.sleep(NODES_SECONDS)
 
+    async def _watch_pending(self) -> None:
+        """Take the next accelerator when one is late, not when nodes are asked for the next time."""
+        while True:
+            late = self._pending.next_late()
+            try:
+                pause = None if late is None else max(0.0, late - time.monotonic())
+                await asyncio.wait_for(self._moved.wait(), pause)
+            except TimeoutError:
+                self._look_at_capacity()
+            else:
+                self._moved.clear()
+                self._pending.note(self.controller.pending(), time.monotonic())
+
     def _look_at_capacity(self, *, declared: bool = False) -> None:
         waiting = self._pending.late(self.controller.pending(), time.monotonic())
         self.controller.set_view(observed_view(self.pool, self._alive, waiting), declared=declared)
@@ -319,6 +335,7 @@ class PoolRunner:
 
     async def _reported(self, reports: list[Report]) -> None:
         self.report(self, reports)
+        self._moved.set()
         self._changed.set()
 
     async def _keep_status(self) -> None:

@@ -316,6 +316,19 @@ class TestPending:
         assert tracker.late({}, 20.0) == {"A10"}
         assert tracker.late({}, 51.0) == frozenset()
 
+    def test_when_the_next_one_is_late(self) -> None:
+        tracker = PendingTracker(10.0)
+        assert tracker.next_late() is None
+        tracker.note({"a": "A10", "b": "A10"}, 1.0)
+        tracker.note({"a": "A10", "b": "A10", "c": "T4"}, 3.0)
+        assert tracker.next_late() == 11.0
+        assert tracker.late({"a": "A10", "c": "T4"}, 11.0) == {"A10"}
+        assert tracker.next_late() == 13.0  # what is late already is nothing to wait for
+        tracker.note({"a": "A10"}, 12.0)
+        assert tracker.next_late() is None
+        tracker.late({"a": "A10"}, 51.0)  # forgiven, and still not there
+        assert tracker.next_late() == 11.0
+
     def test_a_variant_that_got_its_place_starts_anew(self) -> None:
         tracker = PendingTracker(10.0)
         tracker.late({"k": "A10"}, 0.0)
