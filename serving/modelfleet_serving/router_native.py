@@ -1,6 +1,6 @@
 """The data path as machine code, where this machine can make it: the same modules, compiled by mypyc.
 
-Its system calls, which are in C (``wire.c``), are compiled with them.
+What is in C (``wire.c``, ``shortcut.c``) is compiled with them.
 
 ``python -m modelfleet_serving.router_native`` compiles (about a minute, needs the extra ``native`` and a C
 compiler) into ``$MODELFLEET_CACHE/router/KEY``, or the user's cache directory; with ``--system`` into the
@@ -67,14 +67,15 @@ MODULES: Final = (
     "policy/recorder",
     "policy/split",
 )
-SYSTEM_CALLS: Final = "wire.c"
+C_SOURCES: Final = ("wire.c", "shortcut.c")
+C_HEADERS: Final = ("wire.h",)
 # What setuptools is told to make of it.
 _SETUP: Final = """
 from setuptools import Extension, setup
 setup(
     name="wire",
     script_args=["--quiet", "build_ext", "--inplace"],
-    ext_modules=[Extension("{module}", ["{source}"], extra_compile_args=["-O2"])],
+    ext_modules=[Extension("{module}", {sources}, extra_compile_args=["-O2", "-D_GNU_SOURCE"])],
 )
 """
 _CONFIGURATION: Final = """
@@ -106,7 +107,8 @@ def _key() -> str:
     digest = hashlib.sha256(f"{sys.version} {sysconfig.get_platform()} {sys.flags.optimize}".encode())
     for module in MODULES:
         digest.update(module.encode() + b"\0" + (PACKAGE / f"{module}.py").read_bytes())
-    digest.update((PACKAGE / SYSTEM_CALLS).read_bytes())
+    for name in C_SOURCES + C_HEADERS:
+        digest.update(name.encode() + b"\0" + (PACKAGE / name).read_bytes())
     return digest.hexdigest()[:20]
 
 
@@ -164,7 +166,9 @@ def build(*, system: bool = False) -> Path:
         sources = [f"{PACKAGE.parent.name}/{PACKAGE.name}/{module}.py" for module in MODULES]
         environment = {**os.environ, "MODELFLEET_ROUTER_NATIVE": "0", "MYPYC_OPT_LEVEL": "3"}
         package = f"{PACKAGE.parent.name}/{PACKAGE.name}"
-        setup = _SETUP.format(module=f"{package.replace('/', '.')}._wire", source=f"{package}/{SYSTEM_CALLS}")
+        setup = _SETUP.format(
+            module=f"{package.replace('/', '.')}._wire", sources=[f"{package}/{name}" for name in C_SOURCES]
+        )
         for name, command in (("mypyc", ["-m", "mypyc", *sources]), ("the C compiler", ["-c", setup])):
             done = subprocess.run(
                 [sys.executable, *command],

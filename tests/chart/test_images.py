@@ -16,6 +16,7 @@ from tests.chart.rendered import ROOT
 
 from modelfleet_operator.catalog.engines import default_version
 
+PACKED = (".py", ".yaml", ".json", ".jinja", ".txt", ".c", ".h")
 DOCKERFILES = [ROOT / "Dockerfile", *sorted((ROOT / "docker").glob("*.Dockerfile"))]
 
 
@@ -156,5 +157,8 @@ def test_package_holds_its_data(tmp_path: Path) -> None:
     for package in ("operator/modelfleet_operator", "serving/modelfleet_serving"):
         root = ROOT / package
         for file in root.rglob("*"):
-            if file.suffix in (".py", ".yaml", ".json", ".jinja", ".txt") or file.name == "py.typed":
+            if (
+                file.suffix in (".py", ".yaml", ".json", ".jinja", ".txt", ".c", ".h")
+                or file.name == "py.typed"
+            ):
                 assert str(file.relative_to(root.parent)) in packed

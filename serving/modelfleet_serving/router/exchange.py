@@ -335,7 +335,7 @@ class Exchange:
         reply = self.reply
         if reply is None or reply.first_byte is None or self.client.full or self.tunnel:
             return _NEVER
-        return reply.chunk_time
+        return reply.written_at
 
     def comfort(self, now: float) -> bool:
         """Sends a comment to a client that asked for signs of life; False when it can't get any more.
@@ -346,7 +346,7 @@ class Exchange:
         if self.finished or (reply is not None and not reply.takes_comments):
             return False
         if reply is not None:
-            self.next_comment = max(self.next_comment, reply.chunk_time + self.keep_alive_seconds)
+            self.next_comment = max(self.next_comment, reply.written_at + self.keep_alive_seconds)
         if now >= self.next_comment and not self.client.full:
             self.next_comment = now + self.keep_alive_seconds
             if reply is None:
@@ -365,7 +365,7 @@ class Exchange:
     def on_client_drained(self) -> None:
         """The client has caught up."""
         if self.reply is not None:
-            self.reply.chunk_time = self.worker.now()
+            self.reply.await_next()
         if self.upstream is not None:
             self.upstream.resume()
 
@@ -446,4 +446,5 @@ class Exchange:
         if reply is not None:
             # Exchange, reply and relay know each other: parted, they and the body go at once, not when the
             # collector comes by, and the next request gets their memory while it is in the processor's cache.
-            self.reply = reply.relay = None
+            reply.close()
+            self.reply = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 
 from modelfleet_serving.router.observe import (
@@ -14,24 +15,31 @@ from modelfleet_serving.router.observe import (
 
 
 class Distribution:
-    """Counts by bucket, the last one open."""
+    """Counts by bucket, the last one open.
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    Attributes:
+        bounds: upper ends of all buckets but the last, an array of doubles.
+        counts: values in each bucket, and the sum of all behind them: an array of doubles, which are exact
+            for counts. In one piece because C counts there, too.
+    """
+
+    __slots__ = ("_bounds", "bounds", "counts")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.bounds = array("d", bounds)
+        self.counts = array("d", bytes(8 * (len(bounds) + 2)))
 
     def observe(self, value: float) -> None:
         """Counts one value."""
-        bucket: int = bisect_left(self._bounds, value)
-        self._counts[bucket] += 1
-        self._sum += value
+        counts = self.counts
+        counts[bisect_left(self._bounds, value)] += 1
+        counts[-1] += value
 
     def histogram(self) -> Histogram:
         """The counts so far."""
-        return Histogram(self._bounds, list(self._counts), self._sum)
+        *counts, total = self.counts
+        return Histogram(self._bounds, [int(number) for number in counts], total)
 
 
 class VariantMeter:

@@ -31,8 +31,11 @@ class Poller:
     """A selector for asyncio's event loop that serves the data path's sockets itself. Needs Linux.
 
     Attributes:
+        has_shortcuts: sockets may be tied to each other with ``wire.Shortcut``.
         woken: something was scheduled on the loop since it last looked; the loop sets it.
     """
+
+    has_shortcuts: Final = True
 
     def __init__(self) -> None:
         self.woken = False
@@ -68,12 +71,15 @@ class Poller:
             events: list[Any] = self._wait(wait)
             for index in range(0, len(events), 2):
                 fd: Any = events[index]  # an object: it is a key
-                mask: int = events[index + 1]
+                what = events[index + 1]
                 transport = self._transports.get(fd)
-                if transport is not None:
-                    transport.on_event(mask)
+                if not isinstance(what, int):
+                    if transport is not None:  # else an event before this one has ended it
+                        transport.on_shortcut_end(what)
+                elif transport is not None:
+                    transport.on_event(what)
                 else:
-                    self._add(fd, mask, ready)
+                    self._add(fd, what, ready)
             if ready or self.woken or not events:
                 return ready
             if timeout is not None:
@@ -153,6 +159,8 @@ class Poller:
 
 class LoopPoller:
     """The same for transports on any other event loop, through ``add_reader`` and ``add_writer``."""
+
+    has_shortcuts: Final = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -142,12 +142,12 @@ class EventRelay(Relay):
             and not (usage and reply.strip_usage and may_hold_usage(data))
         ):
             if data.endswith(b"\n\n\r\n") and is_one_chunk(data):
-                reply.write_events(data, usage=usage)
+                reply.write_chunks(data, usage=usage)
                 return
             end = scanner.feed(data)
             if end < 0:
                 if data.endswith(_EVENT_ENDS) and scanner.at_boundary:
-                    reply.write_events(data, usage=usage)
+                    reply.write_chunks(data, usage=usage)
                     return
             elif end == len(data):
                 reply.write_last(data, reusable=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelfleet_serving.contract import HEADER_FALLBACK
+from modelfleet_serving.router import wire
 from modelfleet_serving.router.api import Kind
 from modelfleet_serving.router.continuation import Recorder, Splice, strip_usage
 from modelfleet_serving.router.digits import write_digits
 from modelfleet_serving.router.errors import RequestError, error_object
+from modelfleet_serving.router.policy.recorder import COMPACT
 from modelfleet_serving.router.relay import (
     LAST_CHUNK,
     ChunkedRelay,
@@ -21,6 +23,7 @@ from modelfleet_serving.router.relay import (
     frame,
 )
 from modelfleet_serving.router.stored import remember
+from modelfleet_serving.router.transport import SocketTransport
 from modelfleet_serving.router.usage import KEY as USAGE_KEY
 from modelfleet_serving.router.usage import read_usage
 
@@ -47,10 +50,10 @@ class Reply:
         status: 0 before there is one.
         opened: a stream's head was sent before any engine answered, to keep the client's connection alive.
         events: the body is a stream of events.
-        pieces: of a stream of events that went out, about a token each.
         first_byte: seconds from the request to the engine's first byte.
         usage: input and output tokens by the engine's word.
         strip_usage: the client did not ask for the stream's usage event.
+        shortcut: passes regular chunks of a stream of events on without coming here, where that is possible.
         recorder: keeps what the client has got of a stream that another engine could go on with.
         splice: joins the stream of the engine that goes on.
     """
@@ -58,15 +61,16 @@ class Reply:
     __slots__ = (
         "_first_usage",
         "_last_usage",
+        "_pieces",
         "_tail",
-        "chunk_time",
+        "_written_at",
         "events",
         "exchange",
         "first_byte",
         "opened",
-        "pieces",
         "recorder",
         "relay",
+        "shortcut",
         "splice",
         "stats",
         "status",
@@ -82,13 +86,28 @@ class Reply:
         self.events = self.opened = False
         self.strip_usage = exchange.strip_usage
         self.first_byte: float | None = None
-        self.chunk_time = 0.0
+        self._written_at = 0.0
         self.usage: tuple[int, int] | None = None
         self.relay: Relay | None = None
         self.recorder: Recorder | None = None
         self.splice: Splice | None = None
+        self.shortcut: Any = None
         self._first_usage = self._last_usage = self._tail = b""
-        self.pieces = 0
+        self._pieces = 0
+
+    @property
+    def written_at(self) -> float:
+        """Loop time of the last piece of the body, or of the time from which the next one is awaited."""
+        return self._written_at if self.shortcut is None else max(self._written_at, self.shortcut.last)
+
+    @property
+    def pieces(self) -> int:
+        """Of a stream of events that went out, about a token each."""
+        return self._pieces if self.shortcut is None else self._pieces + self.shortcut.pieces
+
+    def await_next(self) -> None:
+        """Nothing could come until now."""
+        self._written_at = self.exchange.worker.now()
 
     # --- The beginning ---
 
@@ -129,7 +148,7 @@ class Reply:
             return
         self.first_byte = waited = now - exchange.started
         self.stats.first_byte.observe(waited)
-        self.chunk_time = now
+        self._written_at = now
         if self.opened:
             self._begin_opened(connection, head, rest)
             return
@@ -227,15 +246,15 @@ class Reply:
         if USAGE_KEY in read:
             self._last_usage = read[read.rfind(USAGE_KEY) :][:_USAGE_BYTES]
         self._tail = read[-_USAGE_BYTES:]
-        self.chunk_time = self.exchange.worker.now()
+        self._written_at = self.exchange.worker.now()
         self.transport.write(data)
 
     def write_events(self, data: bytes, *, usage: bool) -> None:
         """Passes whole events on; ``usage`` says whether one may tell it."""
         now = self.exchange.worker.now()
-        self.stats.gap.observe(now - self.chunk_time)
-        self.chunk_time = now
-        self.pieces += 1
+        self.stats.gap.observe(now - self.written_at)
+        self._written_at = now
+        self._pieces += 1
         if usage:
             if not self._last_usage:
                 self._first_usage = data
@@ -243,6 +262,19 @@ class Reply:
         if self.recorder is not None:
             self.recorder.add(data)
         self.transport.write(data)
+
+    def write_chunks(self, data: bytes, *, usage: bool) -> None:
+        """Passes on whole events in whole chunks, as they came; what is like them may take a shortcut."""
+        self.write_events(data, usage=usage)
+        upstream = self.exchange.upstream
+        source = upstream.transport if upstream is not None else None
+        if usage or wire.Shortcut is None or not isinstance(source, SocketTransport):
+            return
+        if self.shortcut is None:
+            kept = self.recorder.kept if self.recorder is not None else None
+            gap = self.stats.gap
+            self.shortcut = wire.Shortcut(gap.bounds, gap.counts, kept, COMPACT)
+        source.pass_to(self.transport, self.shortcut, self._written_at)
 
     def write_last(self, data: bytes, *, reusable: bool) -> None:
         """Passes the end of the answer on."""
@@ -300,6 +332,12 @@ class Reply:
         if anthropic:
             event = b"event: error\n" + event
         self.write_last(frame(event) + LAST_CHUNK, reusable=reusable)
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        self.relay = None
+        if self.shortcut is not None:
+            self.shortcut.close()
 
     def close_stream(self, events: bytes) -> None:
         """Ends a stream whose engine died after the last of its text."""

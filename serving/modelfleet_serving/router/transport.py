@@ -60,6 +60,7 @@ class SocketTransport:
         "_fd",
         "_full",
         "_high",
+        "_inlet",
         "_loop",
         "_lost",
         "_low",
@@ -68,6 +69,8 @@ class SocketTransport:
         "_paused",
         "_poller",
         "_protocol",
+        "_shortcut",
+        "_sink",
         "_socket",
         "_watched",
     )
@@ -103,6 +106,9 @@ class SocketTransport:
         self._closing = False
         self._ending = False  # the peer is to see the end of the stream
         self._lost = False  # connection_lost is on its way
+        self._shortcut: Any = None  # what passes on what comes, and to whom
+        self._sink: SocketTransport | None = None
+        self._inlet: Any = None  # another's shortcut to here
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         protocol.connection_made(self)  # type: ignore[arg-type]  # asyncio's don't know this transport
         if not self._paused and not self._closing:
@@ -132,6 +138,9 @@ class SocketTransport:
             return
         if data is None:
             return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
         try:
             if data:
                 size = len(data)
@@ -156,10 +165,59 @@ class SocketTransport:
         )
         self._end(error)
 
+    # --- Shortcuts ---
+
+    def pass_to(self, sink: ByteTransport, shortcut: Any, last: float) -> None:
+        """Lets a shortcut pass on what comes, until either end has anything else to do.
+
+        Args:
+            sink: gets it; nothing happens when something waits to be written there.
+            shortcut: a ``wire.Shortcut``.
+            last: loop time of the chunk before.
+        """
+        if (
+            not isinstance(sink, SocketTransport)
+            or not self._poller.has_shortcuts
+            or sink._poller is not self._poller
+            or sink._out_bytes
+            or sink._closing
+            or sink._ending
+            or not self._watched & READABLE
+        ):
+            return
+        self._shortcut = sink._inlet = shortcut
+        self._sink = sink
+        shortcut.open(self._fd, sink._fd, last)
+
+    def on_shortcut_end(self, what: Any) -> None:
+        """Takes what a shortcut has received and did not pass on, or not all of it."""
+        if isinstance(what, bytes):
+            if not self._closing:
+                self._take(what)
+            return
+        data, sent = what
+        sink = self._sink
+        self._end_shortcuts()
+        if sink is None or sink._closing:
+            return
+        try:
+            sink._keep(memoryview(data)[sent:], len(data) - sent)
+        except Exception as error:  # noqa: BLE001  one connection's fault must not end the others
+            sink._broken(error)
+
+    def _end_shortcuts(self) -> None:
+        if self._shortcut is not None:
+            self._shortcut.close()
+            self._shortcut = self._sink = None
+        if self._inlet is not None:
+            self._inlet.close()
+            self._inlet = None
+
     def _watch(self, mask: int) -> None:
         before = self._watched
         if mask != before:
             self._watched = mask
+            self._end_shortcuts()
             self._poller.watch(self._fd, self, before, mask)
 
     # --- Reading ---
@@ -279,6 +337,7 @@ class SocketTransport:
         if self._ending or self._closing:
             return
         self._ending = True
+        self._end_shortcuts()
         if not self._out_bytes:
             self._shut()
 
@@ -308,6 +367,7 @@ class SocketTransport:
         if self._closing:
             return
         self._closing = True
+        self._end_shortcuts()
         self._watch(self._watched & ~READABLE)
         if not self._out_bytes:
             self._finish(None)
@@ -326,6 +386,7 @@ class SocketTransport:
         if self._lost:
             return
         self._lost = True
+        self._end_shortcuts()
         self._watch(0)
         self._loop.call_soon(self._tell_lost, error)
 

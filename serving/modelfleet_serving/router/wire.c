@@ -3,17 +3,15 @@
  * does, and does the same without this file.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "wire.h"
 
 #include <errno.h>
 #include <limits.h>
-#include <stdbool.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 
-#define READ_BYTES (256 * 1024)
 /* Between these, copying costs more than allocating too much. Above, malloc maps and unmaps memory each time,
  * as long as more is allocated than stays. */
 #define LARGE_BYTES (8 * 1024)
@@ -21,15 +19,14 @@
 #define MAX_PIECES 64
 #define MAX_EVENTS 512
 
-/* Guarded by the interpreter's lock, which is held from the read to the copy. */
-static char read_buffer[READ_BYTES];
+char wire_buffer[READ_BYTES];
 
-static bool would_block(void)
+bool wire_would_block(void)
 {
     return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
 }
 
-static bool to_descriptor(PyObject *number, int *descriptor)
+bool wire_to_descriptor(PyObject *number, int *descriptor)
 {
     long value = PyLong_AsLong(number);
     if (value == -1 && PyErr_Occurred())
@@ -65,7 +62,7 @@ static PyObject *receive_large(int descriptor, Py_ssize_t room)
     int failure = errno;
     Py_DECREF(data);
     errno = failure;
-    if (would_block())
+    if (wire_would_block())
         Py_RETURN_NONE;
     return PyErr_SetFromErrno(PyExc_OSError);
 }
@@ -73,17 +70,17 @@ static PyObject *receive_large(int descriptor, Py_ssize_t room)
 static PyObject *receive(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t number)
 {
     int descriptor;
-    if (!has_arguments("receive", number, 2) || !to_descriptor(arguments[0], &descriptor))
+    if (!has_arguments("receive", number, 2) || !wire_to_descriptor(arguments[0], &descriptor))
         return NULL;
     Py_ssize_t expected = PyLong_AsSsize_t(arguments[1]);
     if (expected == -1 && PyErr_Occurred())
         return NULL;
     if (expected >= LARGE_BYTES && expected <= HUGE_BYTES)
         return receive_large(descriptor, expected);
-    ssize_t size = recv(descriptor, read_buffer, sizeof read_buffer, MSG_DONTWAIT);
+    ssize_t size = recv(descriptor, wire_buffer, sizeof wire_buffer, MSG_DONTWAIT);
     if (size >= 0)
-        return PyBytes_FromStringAndSize(read_buffer, size);
-    if (would_block())
+        return PyBytes_FromStringAndSize(wire_buffer, size);
+    if (wire_would_block())
         Py_RETURN_NONE;
     return PyErr_SetFromErrno(PyExc_OSError);
 }
@@ -92,7 +89,7 @@ static PyObject *sent(ssize_t size)
 {
     if (size >= 0)
         return PyLong_FromSsize_t(size);
-    if (would_block())
+    if (wire_would_block())
         return PyLong_FromLong(0);
     return PyErr_SetFromErrno(PyExc_OSError);
 }
@@ -100,7 +97,7 @@ static PyObject *sent(ssize_t size)
 static PyObject *transmit(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t number)
 {
     int descriptor;
-    if (!has_arguments("transmit", number, 2) || !to_descriptor(arguments[0], &descriptor))
+    if (!has_arguments("transmit", number, 2) || !wire_to_descriptor(arguments[0], &descriptor))
         return NULL;
     if (PyBytes_CheckExact(arguments[1]))
         return sent(send(descriptor, PyBytes_AS_STRING(arguments[1]), (size_t)PyBytes_GET_SIZE(arguments[1]),
@@ -117,7 +114,7 @@ static PyObject *transmit(PyObject *Py_UNUSED(module), PyObject *const *argument
 static PyObject *transmit_pieces(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t number)
 {
     int descriptor;
-    if (!has_arguments("transmit_pieces", number, 2) || !to_descriptor(arguments[0], &descriptor))
+    if (!has_arguments("transmit_pieces", number, 2) || !wire_to_descriptor(arguments[0], &descriptor))
         return NULL;
     PyObject *pieces = PySequence_Fast(arguments[1], "pieces must be a sequence");
     if (pieces == NULL)
@@ -142,17 +139,18 @@ release:
     return result;
 }
 
-static PyObject *wait_ready(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t number)
+double wire_now(void)
 {
-    int descriptor;
-    if (!has_arguments("wait_ready", number, 2) || !to_descriptor(arguments[0], &descriptor))
-        return NULL;
-    double seconds = PyFloat_AsDouble(arguments[1]);
-    if (seconds == -1.0 && PyErr_Occurred())
-        return NULL;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+/* The number of events; -1 with an exception. */
+static int wait_for_events(int descriptor, struct epoll_event *events, double seconds)
+{
     /* Never wakes early: that would be a busy wait until the time is over. */
     int milliseconds = seconds < 0 ? -1 : seconds > 2e6 ? INT_MAX : (int)(seconds * 1000 + 0.999999);
-    struct epoll_event events[MAX_EVENTS];
     int found;
     if (milliseconds) {
         Py_BEGIN_ALLOW_THREADS
@@ -161,27 +159,66 @@ static PyObject *wait_ready(PyObject *Py_UNUSED(module), PyObject *const *argume
     } else {
         found = epoll_wait(descriptor, events, MAX_EVENTS, 0);
     }
-    if (found < 0) {
-        if (errno != EINTR)
-            return PyErr_SetFromErrno(PyExc_OSError);
-        if (PyErr_CheckSignals() < 0)
-            return NULL;
-        found = 0;
-    }
-    PyObject *ready = PyList_New(2 * (Py_ssize_t)found);
-    if (ready == NULL)
-        return NULL;
+    if (found >= 0)
+        return found;
+    if (errno == EINTR)
+        return PyErr_CheckSignals() < 0 ? -1 : 0;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+}
+
+/* Takes `what` over. */
+static bool add_event(PyObject *ready, int descriptor, PyObject *what)
+{
+    PyObject *file = PyLong_FromLong(descriptor);
+    bool added = file != NULL && what != NULL && PyList_Append(ready, file) == 0 && PyList_Append(ready, what) == 0;
+    Py_XDECREF(file);
+    Py_XDECREF(what);
+    return added;
+}
+
+/* Passes on what has a shortcut; adds all else to `ready`, first what shortcuts have received: it must be taken
+ * before another event can end the connection that it belongs to. */
+static bool serve(struct epoll_event *events, int found, PyObject *ready)
+{
     for (int index = 0; index < found; index++) {
-        PyObject *file = PyLong_FromLong(events[index].data.fd);
-        PyObject *mask = PyLong_FromUnsignedLong(events[index].events);
-        if (file == NULL || mask == NULL) {
-            Py_XDECREF(file);
-            Py_XDECREF(mask);
-            Py_DECREF(ready);
-            return NULL;
-        }
-        PyList_SET_ITEM(ready, 2 * (Py_ssize_t)index, file);
-        PyList_SET_ITEM(ready, 2 * (Py_ssize_t)index + 1, mask);
+        int descriptor = events[index].data.fd;
+        if (events[index].events != EPOLLIN || !shortcut_exists(descriptor))
+            continue;
+        PyObject *what = NULL;
+        enum passed outcome = shortcut_pass(descriptor, &what);
+        if (outcome == FAILED || (outcome == STOPPED && !add_event(ready, descriptor, what)))
+            return false;
+        if (outcome != UNREAD)
+            events[index].events = 0;
+    }
+    for (int index = 0; index < found; index++) {
+        uint32_t mask = events[index].events;
+        if (mask && !add_event(ready, events[index].data.fd, PyLong_FromUnsignedLong(mask)))
+            return false;
+    }
+    return true;
+}
+
+static PyObject *wait_ready(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t number)
+{
+    int descriptor;
+    if (!has_arguments("wait_ready", number, 2) || !wire_to_descriptor(arguments[0], &descriptor))
+        return NULL;
+    double seconds = PyFloat_AsDouble(arguments[1]);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return NULL;
+    double until = seconds > 0 ? wire_now() + seconds : 0;
+    PyObject *ready = PyList_New(0);
+    while (ready != NULL) {
+        struct epoll_event events[MAX_EVENTS];
+        int found = wait_for_events(descriptor, events, seconds);
+        if (found < 0 || !serve(events, found, ready) || PyErr_CheckSignals() < 0)
+            Py_CLEAR(ready);
+        else if (found == 0 || PyList_GET_SIZE(ready))
+            break;
+        else if (seconds >= 0 && (seconds = until - wire_now()) <= 0)
+            break;
     }
     return ready;
 }
@@ -200,5 +237,8 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__wire(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && shortcut_add_to(module) < 0)
+        Py_CLEAR(module);
+    return module;
 }

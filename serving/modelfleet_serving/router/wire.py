@@ -2,6 +2,9 @@
 
 All are for sockets that don't block. A call that would have to wait, or that a signal interrupted, says so in
 its result; any other failure is an ``OSError``.
+
+And shortcuts (``shortcut.c``): while one is open, the regular chunks of a stream go from an engine's socket
+to a client's without coming here. Whatever is not regular, or can't be sent at once, ends it.
 """
 
 from __future__ import annotations
@@ -53,20 +56,25 @@ def transmit_pieces_standard(fd: int, pieces: Sequence[Buffer], /) -> int:
         return 0
 
 
-def waiter_standard(epoll: Any) -> Callable[[float], list[int]]:
+def waiter_standard(epoll: Any) -> Callable[[float], list[Any]]:
     """:func:`waiter` by the standard library."""
 
-    def wait(seconds: float) -> list[int]:
+    def wait(seconds: float) -> list[Any]:
         return [number for event in epoll.poll(seconds, MAX_EVENTS) for number in event]
 
     return wait
 
 
-def waiter(epoll: Any) -> Callable[[float], list[int]]:
-    """What waits for the next events of an epoll that stays open.
+def waiter(epoll: Any) -> Callable[[float], list[Any]]:
+    """What waits for the next events of an epoll that stays open, and serves shortcuts meanwhile.
 
-    It takes seconds, negative for any time, and returns file descriptor and mask of each event in turn, of at
-    most :data:`MAX_EVENTS`: none when the time is over, or a signal came.
+    It takes seconds, negative for any time, and returns file descriptor and what happened of each event in
+    turn, of at most :data:`MAX_EVENTS`: none when the time is over, or a signal came. What happened is
+
+    - an event mask, an ``int``;
+    - ``bytes`` that were received for a shortcut, which they ended: they are not regular;
+    - such bytes that were regular, and how many of them the sink has taken: a ``tuple``. They are counted and
+      kept, and the shortcut has ended.
 
     Args:
         epoll: A ``select.epoll``.
@@ -74,6 +82,25 @@ def waiter(epoll: Any) -> Callable[[float], list[int]]:
     return waiter_standard(epoll) if compiled is None else partial(compiled.wait_ready, epoll.fileno())
 
 
+Shortcut: Final[Any] = compiled.Shortcut if compiled else None
+"""Passes regular chunks of one stream on by itself: ``Shortcut(bounds, counts, kept, most)``.
+
+``None`` without C.
+
+Regular are whole chunks of HTTP, as servers write them, whose last one ends with an empty line, none of which
+is the body's last or tells a usage; 16 KB at most in one read.
+
+- ``open(source, sink, last)``: file descriptors, and when the last chunk went, in monotonic seconds. Needs a
+  sink for which nothing waits to be written. A source has one shortcut at a time.
+- ``close()``: may come any number of times.
+- ``is_open``; ``pieces``: reads that were passed on; ``last``: when the last one was.
+
+Args:
+    bounds: upper ends of a histogram's buckets in seconds, an array of doubles.
+    counts: one more than those, and the sum at the end: the time between two chunks is counted there.
+    kept: a ``bytearray`` to which is appended what was passed on; ``None`` to keep nothing.
+    most: bytes in ``kept`` with which it ends, so that somebody can look at them.
+"""
 receive: Final[Callable[[int, int], bytes | None]] = compiled.receive if compiled else receive_standard
 """What a socket has: ``None`` for nothing yet, ``b""`` for the end of the stream.
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import select
-import shlex
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,7 +20,6 @@ from hypothesis import strategies as st
 
 from modelfleet_serving.router import wire
 
-SOURCE = Path(wire.__file__).with_name("wire.c")
 MEGABYTE = 1024 * 1024
 
 
@@ -37,24 +29,6 @@ class Standard:
     receive = staticmethod(wire.receive_standard)
     transmit = staticmethod(wire.transmit_standard)
     transmit_pieces = staticmethod(wire.transmit_pieces_standard)
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The C source, compiled with all warnings as errors."""
-    compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C compiler ({compiler[0]}) on this machine")
-    target = tmp_path_factory.mktemp("wire") / "_wire.so"
-    flags = ["-shared", "-fPIC", "-O2", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
-    include = f"-I{sysconfig.get_paths()['include']}"
-    subprocess.run([*compiler, *flags, include, str(SOURCE), "-o", str(target)], check=True, timeout=60)
-    spec = importlib.util.spec_from_file_location("_wire", target)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=["C", "standard"])
@@ -67,18 +41,6 @@ def waiter(calls: Any) -> Callable[[select.epoll], Callable[[float], list[int]]]
     if calls is Standard:
         return wire.waiter_standard
     return lambda epoll: partial(calls.wait_ready, epoll.fileno())
-
-
-@pytest.fixture
-def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two ends of a TCP connection that don't block."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        near = socket.create_connection(server.getsockname())
-        far, _ = server.accept()
-    with near, far:
-        near.setblocking(False)
-        far.setblocking(False)
-        yield near, far
 
 
 def drain(end: socket.socket, size: int) -> bytes:

@@ -1,7 +1,7 @@
 """Keeps what a client has got of a stream, so that another replica can go on from there.
 
-While the stream runs, adding to a list is all that happens to a chunk. Every 128 KB what was kept is decoded
-and only its text stays, so that a thousand long streams take some dozen megabytes and not a gigabyte.
+While the stream runs, appending is all that happens to a chunk. Every 128 KB what was kept is decoded and
+only its text stays, so that a thousand long streams take some dozen megabytes and not a gigabyte.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from modelfleet_serving.router.policy.delivered import Delivered, decode
 from modelfleet_serving.router.policy.events import EventSplitter, data_of
 from modelfleet_serving.router.response import ChunkScanner, FramingError
 
-_COMPACT: Final = 128 * 1024
+COMPACT: Final = 128 * 1024
+"""Bytes of a stream that are kept as they are."""
 MAX_TEXT: Final = 4 * 1024 * 1024
 """Characters beyond which a stream is not continued."""
 
@@ -24,13 +25,15 @@ class Recorder:
 
     Args:
         chunked: They are in HTTP's chunks.
+
+    Attributes:
+        kept: what was added since it was last read. A shortcut appends here, too.
     """
 
-    __slots__ = ("_delivered", "_parts", "_scanner", "_size", "_splitter")
+    __slots__ = ("_delivered", "_scanner", "_splitter", "kept")
 
     def __init__(self, *, chunked: bool) -> None:
-        self._parts: list[bytes] = []
-        self._size = 0
+        self.kept = bytearray()
         self._delivered: Delivered | None = Delivered()
         self._splitter = EventSplitter()
         self._scanner = ChunkScanner() if chunked else None
@@ -38,17 +41,16 @@ class Recorder:
     def add(self, data: bytes) -> None:
         """Takes bytes as they went to the client."""
         if self._delivered is None:
+            self.kept.clear()  # a shortcut goes on appending
             return
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size > _COMPACT:
+        self.kept += data
+        if len(self.kept) > COMPACT:
             self.read()
 
     def read(self) -> Delivered | None:
         """What the client has got; ``None`` when that was too much or could not be read."""
-        payload = b"".join(self._parts)
-        self._parts.clear()
-        self._size = 0
+        payload = bytes(self.kept)
+        self.kept.clear()
         delivered = self._delivered
         if delivered is None:
             return None
@@ -57,7 +59,7 @@ class Recorder:
                 self._read_exactly(payload, delivered)
         except (msgspec.DecodeError, FramingError, UnicodeDecodeError):
             self._delivered = None
-        if delivered.size > MAX_TEXT or self._splitter.pending > _COMPACT:
+        if delivered.size > MAX_TEXT or self._splitter.pending > COMPACT:
             self._delivered = None
         return self._delivered
 
