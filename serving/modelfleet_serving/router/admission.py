@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.contract import HEADER_KEEP_ALIVE, HEADER_PRIORITY, HEADER_TIMEOUT
-from modelfleet_serving.router.body import MISSING
 from modelfleet_serving.router.digits import read_digits
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.routing import prepare_usage, streams
 from modelfleet_serving.router.waiting import read_priority
 
 if TYPE_CHECKING:
-    from modelfleet_serving.router.body import Peek
     from modelfleet_serving.router.exchange import Exchange
+    from modelfleet_serving.router.peek import Peek
     from modelfleet_serving.router.request import Request
     from modelfleet_serving.router.tenants import Tenant
 
@@ -62,7 +61,7 @@ def admit(exchange: Exchange, tenant: Tenant) -> None:
 def output_limit(peek: Peek) -> int:
     """Tokens that a body asks for at most; 0 when it doesn't say."""
     for raw in (peek.max_completion_tokens, peek.max_tokens):
-        if raw is not MISSING:
+        if raw:
             text = bytes(raw)
             number, end = read_digits(text, 0)
             # More digits than are read are no smaller a wish.

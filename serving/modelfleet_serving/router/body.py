@@ -13,7 +13,7 @@ MISSING: Final = msgspec.Raw(b"")
 """A member that isn't there."""
 
 
-class Peek(msgspec.Struct, gc=False):
+class Members(msgspec.Struct, gc=False):
     """The members of a JSON body that routing looks at; everything else is skipped unparsed."""
 
     model: str | None = None
@@ -29,7 +29,7 @@ class Peek(msgspec.Struct, gc=False):
     max_completion_tokens: msgspec.Raw = MISSING
 
 
-decode: Final = msgspec.json.Decoder(Peek).decode
+_decode: Final = msgspec.json.Decoder(Members).decode
 
 # One token of JSON that is known to be well-formed: a string, or a character that changes the structure.
 _TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
@@ -42,7 +42,7 @@ _PARAMETER: Final = re.compile(rb';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^
 _MAX_PARTS: Final = 256
 
 
-def peek_json(body: bytes | memoryview) -> Peek:
+def peek_json(body: bytes | memoryview) -> Members:
     """The routing members of a JSON body.
 
     Raises:
@@ -51,7 +51,7 @@ def peek_json(body: bytes | memoryview) -> Peek:
     if not body:
         raise RequestError(400, "the request has no body; a JSON object is expected", code="invalid_json")
     try:
-        return decode(body)
+        return _decode(body)
     except msgspec.ValidationError as error:
         param = "model" if "$.model" in str(error) else None
         raise RequestError(

@@ -20,8 +20,8 @@ from modelfleet_serving.router.stored import find_stored
 from modelfleet_serving.router.table import EndpointRef, Target, VariantRef
 
 if TYPE_CHECKING:
-    from modelfleet_serving.router.body import Peek
     from modelfleet_serving.router.holding import Ticket
+    from modelfleet_serving.router.peek import Peek
     from modelfleet_serving.router.request import Request
     from modelfleet_serving.router.response import ResponseHead
     from modelfleet_serving.router.server import ClientConnection

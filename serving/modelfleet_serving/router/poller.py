@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import select
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import TYPE_CHECKING, Any, Final
@@ -24,28 +25,50 @@ if TYPE_CHECKING:
 # epoll's masks, which are poll's: the same names on systems that have no epoll.
 READABLE: Final = 0x01
 WRITABLE: Final = 0x04
+_GATHERED: Final = 8
+"""Writes that wait for each other at most, so that the first is not late."""
 _monotonic: Final = time.monotonic
 
 
-class Poller:
-    """A selector for asyncio's event loop that serves the data path's sockets itself. Needs Linux.
+class SocketPoller(ABC):
+    """What tells transports that their sockets are ready.
 
     Attributes:
         has_shortcuts: sockets may be tied to each other with ``wire.Shortcut``.
+        gathers: several sockets are being served: what is to be written may be gathered with :meth:`gather`.
+    """
+
+    def __init__(self, *, has_shortcuts: bool) -> None:
+        self.has_shortcuts = has_shortcuts
+        self.gathers = False
+
+    @abstractmethod
+    def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
+        """Changes what a transport waits for: ``READABLE``, ``WRITABLE``, both or 0."""
+
+    @abstractmethod
+    def gather(self, transport: SocketTransport) -> None:
+        """Calls a transport's ``flush`` soon, together with others'."""
+
+
+class Poller(SocketPoller):
+    """A selector for asyncio's event loop that serves the data path's sockets itself. Needs Linux.
+
+    Attributes:
         woken: something was scheduled on the loop since it last looked; the loop sets it.
     """
 
-    has_shortcuts: Final = True
-
     def __init__(self) -> None:
+        super().__init__(has_shortcuts=True)
         self.woken = False
+        self._gathered: list[SocketTransport] = []
         self._epoll: Any = select.epoll()  # type: ignore[attr-defined,unused-ignore]
         self._wait = wire.waiter(self._epoll)
         self._transports: dict[int, SocketTransport] = {}
         self._keys: dict[int, SelectorKey] = {}
 
     def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
-        """Changes what a transport waits for: ``READABLE``, ``WRITABLE``, both or 0."""
+        """Changes what a transport waits for, by one call of the kernel."""
         if not before:
             self._epoll.register(fd, after)
             self._transports[fd] = transport
@@ -54,6 +77,22 @@ class Poller:
         else:
             del self._transports[fd]
             self._epoll.unregister(fd)
+
+    def gather(self, transport: SocketTransport) -> None:
+        """Calls a transport's ``flush`` once the sockets that are ready are served, or some of them.
+
+        Whoever waits for one of several writes wakes up once, and finds the others when it looks. Waking a
+        process costs the writer as much as the write, on a virtual machine more.
+        """
+        self._gathered.append(transport)
+        if len(self._gathered) >= _GATHERED:
+            self._flush()
+
+    def _flush(self) -> None:
+        gathered = self._gathered
+        self._gathered = []
+        for transport in gathered:
+            transport.flush()
 
     # --- What asyncio asks of a selector ---
 
@@ -69,6 +108,7 @@ class Poller:
         ready: list[tuple[SelectorKey, int]] = []
         while True:
             events: list[Any] = self._wait(wait)
+            self.gathers = len(events) > 2
             for index in range(0, len(events), 2):
                 fd: Any = events[index]  # an object: it is a key
                 what = events[index + 1]
@@ -80,6 +120,9 @@ class Poller:
                     transport.on_event(what)
                 else:
                     self._add(fd, what, ready)
+            self.gathers = False
+            if self._gathered:
+                self._flush()
             if ready or self.woken or not events:
                 return ready
             if timeout is not None:
@@ -157,16 +200,19 @@ class Poller:
         self._epoll.close()
 
 
-class LoopPoller:
+class LoopPoller(SocketPoller):
     """The same for transports on any other event loop, through ``add_reader`` and ``add_writer``."""
 
-    has_shortcuts: Final = False
-
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(has_shortcuts=False)
         self._loop = loop
 
+    def gather(self, transport: SocketTransport) -> None:
+        """Flushes at once."""
+        transport.flush()
+
     def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
-        """Changes what a transport waits for: ``READABLE``, ``WRITABLE``, both or 0."""
+        """Changes what the loop calls it for."""
         changed = before ^ after
         if changed & READABLE:
             if after & READABLE:

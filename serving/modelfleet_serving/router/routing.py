@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelfleet_serving.router.api import Kind
-from modelfleet_serving.router.body import MISSING, Peek, decode, multipart_model, peek_json, replace_model
+from modelfleet_serving.router.body import multipart_model
 from modelfleet_serving.router.builtin import query_value
 from modelfleet_serving.router.continuation import ask_usage
 from modelfleet_serving.router.errors import RequestError
+from modelfleet_serving.router.peek import Peek, peek, rename
 from modelfleet_serving.router.table import Target
 
 if TYPE_CHECKING:
@@ -41,10 +42,10 @@ def find_target(exchange: Exchange) -> Target:
     elif kind is _WEBSOCKET:
         name = query_value(request.query, b"model") or request.text("x-modelfleet-model")
     else:
-        peek = exchange.peek = _read(request.payload)
-        name = peek.model
-        if exchange.operation.stores and peek.previous_response_id:
-            _find_previous(exchange, bytes(peek.previous_response_id))
+        seen = exchange.peek = peek(request.data, request.start)
+        name = seen.model
+        if exchange.operation.stores and seen.previous_response_id:
+            _find_previous(exchange, bytes(seen.previous_response_id))
     if not name:
         raise RequestError(400, "you must provide a model parameter", code="missing_model", param="model")
     target = exchange.worker.table.resolve(name)
@@ -57,16 +58,9 @@ def find_target(exchange: Exchange) -> Target:
         elif span is not None:
             before, after = request.body[: span[0]], request.body[span[1] :]
             request.body = b"".join((before, target.name.encode(), after))
-        else:
-            request.body = replace_model(request.body, target.name)
+        elif exchange.peek is not None:
+            request.body = rename(exchange.peek, request.data, request.start, target.name)
     return target
-
-
-def _read(body: bytes | memoryview) -> Peek:
-    try:
-        return decode(body)
-    except (ValueError, RecursionError):
-        return peek_json(body)  # says what is wrong
 
 
 def _find_previous(exchange: Exchange, raw: bytes) -> None:
@@ -90,15 +84,15 @@ def _rename_in_query(query: bytes, name: str) -> bytes:
     )
 
 
-def streams(peek: Peek) -> bool:
+def streams(seen: Peek) -> bool:
     """Whether a body asks for a stream, by the same lenient reading that engines apply."""
-    return peek.stream is not MISSING and bytes(peek.stream) not in _NO
+    return bytes(seen.stream) not in _NO
 
 
 def prepare_usage(exchange: Exchange) -> None:
     """Makes a stream tell what it used, where its client did not ask for that."""
-    peek = exchange.peek
-    if peek is None or not streams(peek) or exchange.operation.kind not in _STREAMED:
+    seen = exchange.peek
+    if seen is None or not streams(seen) or exchange.operation.kind not in _STREAMED:
         return
     request = exchange.request
-    request.body, exchange.strip_usage = ask_usage(request.body, bytes(peek.stream_options))
+    request.body, exchange.strip_usage = ask_usage(request.body, bytes(seen.stream_options))

@@ -116,9 +116,8 @@ static bool is_regular(const char *data, Py_ssize_t size)
 
 /* --- Passing on --- */
 
-static void count(Shortcut *self)
+static void count(Shortcut *self, double now)
 {
-    double now = wire_now();
     double gap = now - self->last;
     const double *bounds = self->bounds.buf;
     double *counts = self->counts.buf;
@@ -132,49 +131,78 @@ static void count(Shortcut *self)
     self->pieces++;
 }
 
-/* Keeps what wire_buffer begins with. */
-static bool keep(PyObject *kept, Py_ssize_t size)
+static bool keep(PyObject *kept, const char *data, Py_ssize_t size)
 {
     Py_ssize_t before = PyByteArray_GET_SIZE(kept);
     if (PyByteArray_Resize(kept, before + size) < 0)
         return false;
-    memcpy(PyByteArray_AS_STRING(kept) + before, wire_buffer, (size_t)size);
+    memcpy(PyByteArray_AS_STRING(kept) + before, data, (size_t)size);
     return true;
 }
 
-/* Sends what wire_buffer begins with; it is regular. */
-static enum passed forward(Shortcut *self, Py_ssize_t size, PyObject **what)
+/* Sends a regular piece. What can't be sent, or not all of it, is for the interpreter. */
+static bool forward(Shortcut *self, int source, const char *data, Py_ssize_t size, double now, PyObject *ready)
 {
-    ssize_t sent = send(self->sink, wire_buffer, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (self->source != source) /* ended since: a finalizer may have run */
+        return wire_add_event(ready, source, PyBytes_FromStringAndSize(data, size));
+    ssize_t sent = send(self->sink, data, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0 && !wire_would_block()) {
-        end(self);
-        *what = PyBytes_FromStringAndSize(wire_buffer, size);
-        return *what == NULL ? FAILED : STOPPED; /* sending it again finds the same fault */
+        end(self); /* sending it again finds the same fault */
+        return wire_add_event(ready, source, PyBytes_FromStringAndSize(data, size));
     }
-    count(self);
-    if (self->kept != NULL && !keep(self->kept, size))
-        return FAILED;
+    count(self, now);
+    if (self->kept != NULL && !keep(self->kept, data, size))
+        return false;
     if (sent == size)
-        return PASSED_ON;
+        return true;
     end(self);
-    *what = Py_BuildValue("y#n", wire_buffer, size, sent < 0 ? (Py_ssize_t)0 : (Py_ssize_t)sent);
-    return *what == NULL ? FAILED : STOPPED;
+    return wire_add_event(ready, source, Py_BuildValue("y#n", data, size, sent < 0 ? (Py_ssize_t)0 : (Py_ssize_t)sent));
 }
 
-enum passed shortcut_pass(int descriptor, PyObject **what)
+/* Sends what was gathered; without `ready`, after a failure, forgets it. */
+bool shortcut_send(struct gathered *gathered, PyObject *ready)
 {
+    bool well = ready != NULL;
+    double now = wire_now();
+    for (int index = 0; index < gathered->number; index++) {
+        PyObject *shortcut = gathered->pieces[index].shortcut;
+        well = well
+            && forward((Shortcut *)shortcut, gathered->pieces[index].source,
+                       wire_buffer + gathered->pieces[index].start, gathered->pieces[index].size, now, ready);
+        Py_DECREF(shortcut);
+    }
+    gathered->number = 0;
+    gathered->used = 0;
+    return well || ready == NULL;
+}
+
+/* Receives what a shortcut's source has; what is not regular ends the shortcut, and is for the interpreter. */
+enum received shortcut_receive(int descriptor, struct gathered *gathered, PyObject *ready)
+{
+    bool full = gathered->number == GATHERED_PIECES || READ_BYTES - gathered->used < READ_BYTES / 2;
+    if (full && !shortcut_send(gathered, ready))
+        return FAILED;
     Shortcut *self = find(descriptor);
-    ssize_t size = recv(descriptor, wire_buffer, READ_BYTES, MSG_DONTWAIT);
+    if (self == NULL)
+        return UNREAD;
+    char *data = wire_buffer + gathered->used;
+    ssize_t size = recv(descriptor, data, (size_t)(READ_BYTES - gathered->used), MSG_DONTWAIT);
     if (size < 0 && wire_would_block())
-        return PASSED_ON;
-    if (size > 0 && is_regular(wire_buffer, size)
-        && (self->kept == NULL || PyByteArray_GET_SIZE(self->kept) < self->most))
-        return forward(self, size, what);
+        return TAKEN;
+    if (size > 0 && is_regular(data, size)
+        && (self->kept == NULL || PyByteArray_GET_SIZE(self->kept) < self->most)) {
+        int index = gathered->number++;
+        gathered->pieces[index].shortcut = Py_NewRef((PyObject *)self);
+        gathered->pieces[index].source = descriptor;
+        gathered->pieces[index].start = gathered->used;
+        gathered->pieces[index].size = size;
+        gathered->used += size;
+        return TAKEN;
+    }
     end(self);
     if (size <= 0)
         return UNREAD;
-    *what = PyBytes_FromStringAndSize(wire_buffer, size);
-    return *what == NULL ? FAILED : STOPPED;
+    return wire_add_event(ready, descriptor, PyBytes_FromStringAndSize(data, size)) ? TAKEN : FAILED;
 }
 
 /* --- The type --- */

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from modelfleet_serving.router.poller import LoopPoller, Poller
+from modelfleet_serving.router.poller import LoopPoller, Poller, SocketPoller
 from modelfleet_serving.router.transport import SocketTransport
 
 _log = logging.getLogger(__name__)
@@ -19,14 +19,14 @@ _PAUSE_SECONDS: Final = 1.0
 _SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def poller_of(loop: asyncio.AbstractEventLoop) -> Poller | LoopPoller:
+def poller_of(loop: asyncio.AbstractEventLoop) -> SocketPoller:
     """What serves transports on this event loop."""
     own = getattr(loop, "poller", None)
     return own if isinstance(own, Poller) else LoopPoller(loop)
 
 
 async def connect(
-    loop: asyncio.AbstractEventLoop, poller: Poller | LoopPoller, host: str, port: int, protocol: Any
+    loop: asyncio.AbstractEventLoop, poller: SocketPoller, host: str, port: int, protocol: Any
 ) -> None:
     """Connects a protocol to the first of a host's addresses that answers.
 
@@ -70,7 +70,7 @@ class Listener:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        poller: Poller | LoopPoller,
+        poller: SocketPoller,
         sockets: Sequence[socket.socket],
         make: Callable[[], Any],
         backlog: int,
@@ -88,7 +88,7 @@ class Listener:
     async def open(
         cls,
         loop: asyncio.AbstractEventLoop,
-        poller: Poller | LoopPoller,
+        poller: SocketPoller,
         make: Callable[[], Any],
         host: str,
         port: int,

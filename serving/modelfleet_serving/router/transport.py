@@ -12,10 +12,12 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from modelfleet_serving.router import wire
-from modelfleet_serving.router.poller import READABLE, WRITABLE, LoopPoller, Poller
+from modelfleet_serving.router.poller import READABLE, WRITABLE, SocketPoller
 
 HIGH_WATER: Final = 64 * 1024
 _SLACK: Final = 4096
+_LARGE: Final = 64 * 1024
+"""Bytes that are worth a system call of their own."""
 _receive: Final = wire.receive
 _transmit: Final = wire.transmit
 _transmit_pieces: Final = wire.transmit_pieces
@@ -49,8 +51,9 @@ class ByteProtocol:
 class SocketTransport:
     """One connected, non-blocking socket.
 
-    Writing tries the socket first and keeps what it doesn't take; the protocol is told above a high-water
-    mark (``pause_writing``). ``connection_lost`` comes later than the call that ended the connection.
+    Writing tries the socket first, at once or with others that became ready with it, and keeps what it doesn't
+    take; the protocol is told above a high-water mark (``pause_writing``). ``connection_lost`` comes later than
+    the call that ended the connection.
     """
 
     __slots__ = (
@@ -59,6 +62,7 @@ class SocketTransport:
         "_expected",
         "_fd",
         "_full",
+        "_gathered",
         "_high",
         "_inlet",
         "_loop",
@@ -78,7 +82,7 @@ class SocketTransport:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        poller: Poller | LoopPoller,
+        poller: SocketPoller,
         connected: socket.socket,
         protocol: ByteProtocol | asyncio.Protocol,
     ) -> None:
@@ -102,6 +106,7 @@ class SocketTransport:
         self._high = HIGH_WATER
         self._low = HIGH_WATER // 4
         self._full = False  # the protocol was told to pause
+        self._gathered = False  # what waits to be written is about to be, with others'
         self._paused = False  # reading is
         self._closing = False
         self._ending = False  # the peer is to see the end of the stream
@@ -179,7 +184,7 @@ class SocketTransport:
             not isinstance(sink, SocketTransport)
             or not self._poller.has_shortcuts
             or sink._poller is not self._poller
-            or sink._out_bytes
+            or not sink._is_clear()
             or sink._closing
             or sink._ending
             or not self._watched & READABLE
@@ -235,6 +240,12 @@ class SocketTransport:
 
     # --- Writing ---
 
+    def _is_clear(self) -> bool:
+        """Whether nothing waits to be written, once what was gathered is."""
+        if self._gathered:
+            self.flush()
+        return not self._out_bytes
+
     def write(self, data: bytes) -> None:
         """Sends, or keeps what the socket doesn't take.
 
@@ -245,15 +256,20 @@ class SocketTransport:
             raise RuntimeError("write after write_eof")
         if self._closing or not data:
             return
+        size = len(data)
         if self._out_bytes:
-            self._keep(data, len(data))
+            self._keep(data, size)
+            return
+        if self._poller.gathers and size < _LARGE:
+            self._out.append(data)
+            self._out_bytes = size
+            self._gather()
             return
         try:
             sent = _transmit(self._fd, data)
         except OSError as error:
             self._end(error)
             return
-        size = len(data)
         if sent < size:
             self._keep(memoryview(data)[sent:] if sent else data, size - sent)
 
@@ -265,6 +281,11 @@ class SocketTransport:
             return
         sent = 0
         if not self._out_bytes:
+            if self._poller.gathers:
+                self._out.extend(pieces)
+                self._out_bytes = sum(map(len, pieces))
+                self._gather()
+                return
             try:
                 sent = _transmit_pieces(self._fd, pieces)
             except OSError as error:
@@ -288,10 +309,27 @@ class SocketTransport:
 
     def _kept(self) -> None:
         """Something waits to be written. The protocol is told last: it may end the connection."""
-        self._watch(self._watched | WRITABLE)
+        if not self._gathered:
+            self._watch(self._watched | WRITABLE)
         if not self._full and self._out_bytes > self._high:
             self._full = True
             self._protocol.pause_writing()
+
+    def _gather(self) -> None:
+        self._gathered = True
+        self._poller.gather(self)
+
+    def flush(self) -> None:
+        """Writes what was gathered; what the socket doesn't take waits for it."""
+        if not self._gathered:
+            return
+        self._gathered = False
+        try:
+            self._flush()
+            if self._out_bytes:
+                self._kept()
+        except Exception as error:  # noqa: BLE001  one connection's fault must not end the others
+            self._broken(error)
 
     def _flush(self) -> None:
         """Writes what waits, as far as the socket takes it."""
@@ -299,7 +337,7 @@ class SocketTransport:
         while out:
             pieces = list(islice(out, wire.MAX_PIECES))
             try:
-                sent = _transmit_pieces(self._fd, pieces)
+                sent = _transmit(self._fd, out[0]) if len(pieces) == 1 else _transmit_pieces(self._fd, pieces)
             except OSError as error:
                 self._end(error)
                 return

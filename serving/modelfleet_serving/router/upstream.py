@@ -16,7 +16,7 @@ from modelfleet_serving.router.transport import ByteProtocol
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
-    from modelfleet_serving.router.poller import LoopPoller, Poller
+    from modelfleet_serving.router.poller import SocketPoller
     from modelfleet_serving.router.relay import Relay
     from modelfleet_serving.router.table import EndpointRef
     from modelfleet_serving.router.transport import ByteTransport
@@ -149,7 +149,7 @@ class Connector:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        poller: Poller | LoopPoller,
+        poller: SocketPoller,
         *,
         connect_timeout: float,
         idle_limit: int,

@@ -167,8 +167,8 @@ static int wait_for_events(int descriptor, struct epoll_event *events, double se
     return -1;
 }
 
-/* Takes `what` over. */
-static bool add_event(PyObject *ready, int descriptor, PyObject *what)
+/* Takes `what` over; NULL with an exception is passed on. */
+bool wire_add_event(PyObject *ready, int descriptor, PyObject *what)
 {
     PyObject *file = PyLong_FromLong(descriptor);
     bool added = file != NULL && what != NULL && PyList_Append(ready, file) == 0 && PyList_Append(ready, what) == 0;
@@ -177,24 +177,32 @@ static bool add_event(PyObject *ready, int descriptor, PyObject *what)
     return added;
 }
 
-/* Passes on what has a shortcut; adds all else to `ready`, first what shortcuts have received: it must be taken
- * before another event can end the connection that it belongs to. */
-static bool serve(struct epoll_event *events, int found, PyObject *ready)
+/* Passes on what has a shortcut, and adds to `ready` what shortcuts leave. */
+static bool serve_shortcuts(struct epoll_event *events, int found, PyObject *ready)
 {
-    for (int index = 0; index < found; index++) {
+    struct gathered gathered = {.number = 0, .used = 0};
+    bool well = true;
+    for (int index = 0; index < found && well; index++) {
         int descriptor = events[index].data.fd;
         if (events[index].events != EPOLLIN || !shortcut_exists(descriptor))
             continue;
-        PyObject *what = NULL;
-        enum passed outcome = shortcut_pass(descriptor, &what);
-        if (outcome == FAILED || (outcome == STOPPED && !add_event(ready, descriptor, what)))
-            return false;
+        enum received outcome = shortcut_receive(descriptor, &gathered, ready);
         if (outcome != UNREAD)
             events[index].events = 0;
+        well = outcome != FAILED;
     }
+    return shortcut_send(&gathered, well ? ready : NULL) && well;
+}
+
+/* Adds all that is for the interpreter to `ready`, first what shortcuts have received: it must be taken before
+ * another event can end the connection that it belongs to. */
+static bool serve(struct epoll_event *events, int found, PyObject *ready)
+{
+    if (!serve_shortcuts(events, found, ready))
+        return false;
     for (int index = 0; index < found; index++) {
         uint32_t mask = events[index].events;
-        if (mask && !add_event(ready, events[index].data.fd, PyLong_FromUnsignedLong(mask)))
+        if (mask && !wire_add_event(ready, events[index].data.fd, PyLong_FromUnsignedLong(mask)))
             return false;
     }
     return true;
@@ -227,6 +235,7 @@ static PyMethodDef methods[] = {
     {"receive", (PyCFunction)(void (*)(void))receive, METH_FASTCALL, NULL},
     {"transmit", (PyCFunction)(void (*)(void))transmit, METH_FASTCALL, NULL},
     {"transmit_pieces", (PyCFunction)(void (*)(void))transmit_pieces, METH_FASTCALL, NULL},
+    {"peek", (PyCFunction)(void (*)(void))peek, METH_FASTCALL, NULL},
     {"wait_ready", (PyCFunction)(void (*)(void))wait_ready, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

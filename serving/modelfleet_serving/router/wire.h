@@ -17,16 +17,35 @@ bool wire_would_block(void);
 bool wire_to_descriptor(PyObject *number, int *descriptor);
 double wire_now(void);
 
-/* What became of a descriptor's bytes. */
-enum passed {
-    PASSED_ON, /* nothing is left to do */
-    UNREAD,    /* an ordinary event: whoever reads finds out */
-    STOPPED,   /* *what is for the interpreter: bytes, or a tuple of bytes and how many of them were sent */
-    FAILED,    /* with an exception */
+bool wire_add_event(PyObject *ready, int descriptor, PyObject *what);
+
+/* What shortcuts have received and not sent yet: it stands in wire_buffer. Sent together, pieces wake those who
+ * wait for them once and not one by one, which is much of what a piece costs. */
+#define GATHERED_PIECES 32
+
+struct gathered {
+    int number;
+    Py_ssize_t used;
+    struct {
+        PyObject *shortcut; /* a reference */
+        int source;
+        Py_ssize_t start;
+        Py_ssize_t size;
+    } pieces[GATHERED_PIECES];
+};
+
+/* What became of a descriptor's event. */
+enum received {
+    TAKEN,  /* nothing is left to do but sending */
+    UNREAD, /* an ordinary event: whoever reads finds out */
+    FAILED, /* with an exception */
 };
 
 bool shortcut_exists(int descriptor);
-enum passed shortcut_pass(int descriptor, PyObject **what);
+enum received shortcut_receive(int descriptor, struct gathered *gathered, PyObject *ready);
+bool shortcut_send(struct gathered *gathered, PyObject *ready);
 int shortcut_add_to(PyObject *module);
+
+PyObject *peek(PyObject *module, PyObject *const *arguments, Py_ssize_t number);
 
 #endif

@@ -108,6 +108,14 @@ The second argument is how many bytes will probably come: a guess that makes muc
 """
 transmit: Final[Callable[[int, Buffer], int]] = compiled.transmit if compiled else transmit_standard
 """Sends; returns how many bytes the socket took, 0 for none now."""
+peek: Final[Callable[[bytes, int], tuple[Any, ...] | None] | None] = compiled.peek if compiled else None
+"""The members of a JSON body that routing looks at. ``None`` without C.
+
+It takes bytes and where the body begins in them, to their end. It returns what
+:class:`modelfleet_serving.router.peek.Peek` is made of; ``None`` for a body that is not plain, which somebody
+else has to read: one with a fault, without a model or with two, with escapes in its name or in a top-level
+key, or nested in more than 64 levels.
+"""
 transmit_pieces: Final[Callable[[int, Sequence[Buffer]], int]] = (
     compiled.transmit_pieces if compiled else transmit_pieces_standard
 )

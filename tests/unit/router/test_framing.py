@@ -254,7 +254,7 @@ def test_mutated_answers_never_crash_or_desynchronise(
             writer.close()
 
     async def run() -> None:
-        async with harness(idle_timeout=0.05, first_byte_timeout=0.05, max_attempts=1) as router:
+        async with harness(idle_timeout=0.3, first_byte_timeout=0.3, max_attempts=1) as router:
             await router.table(
                 model(a=[await router.engine("odd", odd)]), model("good", a=[await router.engine("good")])
             )

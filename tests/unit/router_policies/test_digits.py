@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelfleet_serving.router.admission import output_limit
-from modelfleet_serving.router.body import peek_json
 from modelfleet_serving.router.digits import MAX_DIGITS, read_digits
+from modelfleet_serving.router.peek import peek
 from modelfleet_serving.router.usage import read_usage
 
 
@@ -68,4 +68,4 @@ def test_reads_usage_however_it_is_written(event: bytes, tokens: tuple[int, int]
     ],
 )
 def test_reads_how_much_a_body_asks_for(members: str, tokens: int) -> None:
-    assert output_limit(peek_json(f'{{"model":"m"{members}}}'.encode())) == tokens
+    assert output_limit(peek(f'{{"model":"m"{members}}}'.encode())) == tokens
