@@ -68,6 +68,7 @@ class SocketTransport:
         "_loop",
         "_lost",
         "_low",
+        "_news_only",
         "_out",
         "_out_bytes",
         "_paused",
@@ -114,6 +115,7 @@ class SocketTransport:
         self._shortcut: Any = None  # what passes on what comes, and to whom
         self._sink: SocketTransport | None = None
         self._inlet: Any = None  # another's shortcut to here
+        self._news_only = False  # the poller tells of what comes, not of what is there
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         protocol.connection_made(self)  # type: ignore[arg-type]  # asyncio's don't know this transport
         if not self._paused and not self._closing:
@@ -127,6 +129,8 @@ class SocketTransport:
 
     def on_event(self, mask: int) -> None:
         """The socket is ready; errors and hang-ups are found by reading or writing."""
+        if self._news_only:
+            self._watch_again()
         if self._watched & READABLE and mask & ~WRITABLE:
             self._read()
         if self._watched & WRITABLE and mask & ~READABLE:
@@ -193,9 +197,13 @@ class SocketTransport:
         self._shortcut = sink._inlet = shortcut
         self._sink = sink
         shortcut.open(self._fd, sink._fd, last)
+        self._news_only = True
+        self._poller.watch_news(self._fd)
 
     def on_shortcut_end(self, what: Any) -> None:
         """Takes what a shortcut has received and did not pass on, or not all of it."""
+        if self._news_only:
+            self._watch_again()  # there may be more than was received
         if isinstance(what, bytes):
             if not self._closing:
                 self._take(what)
@@ -214,15 +222,21 @@ class SocketTransport:
         if self._shortcut is not None:
             self._shortcut.close()
             self._shortcut = self._sink = None
+            if self._news_only:
+                self._watch_again()
         if self._inlet is not None:
             self._inlet.close()
             self._inlet = None
 
+    def _watch_again(self) -> None:
+        self._news_only = False
+        self._poller.watch_again(self._fd, self._watched)
+
     def _watch(self, mask: int) -> None:
         before = self._watched
         if mask != before:
-            self._watched = mask
             self._end_shortcuts()
+            self._watched = mask
             self._poller.watch(self._fd, self, before, mask)
 
     # --- Reading ---

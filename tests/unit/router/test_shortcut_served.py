@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from types import ModuleType
 from typing import Any
@@ -251,5 +252,63 @@ def test_a_pipelined_request_and_the_next_client_get_their_own_answers(served: S
         other.send(post())
         assert (await other.answer()).json()["engine"] == "r1"
         assert router.engines[0].connections == 1
+
+    served(test)
+
+
+@pytest.mark.parametrize("last", [1, 200])
+def test_an_engine_that_leaves_with_its_last_words_is_noticed(served: Served, last: int) -> None:
+    """The end comes in the same moment as regular chunks, few or more than are read at once."""
+
+    async def leaves(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD)
+        for number in range(20):
+            writer.write(chunk(token(number)))
+            await asyncio.sleep(0.002)
+        writer.write(b"".join(chunk(token(number)) for number in range(20, 20 + last)))
+        writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+
+    async def test(router: Harness) -> None:
+        await router.table(model(a=[await router.engine("r1", leaves)]))
+        client = await router.client()
+        client.send(post(stream=True))
+        async with asyncio.timeout(10):
+            answer = await client.answer()
+        assert b"".join(map(token, range(20 + last))) in answer.body
+        assert b"error" in answer.body
+        await until(lambda: not router.worker.active)
+
+    served(test, continue_streams=False)
+
+
+def test_nothing_of_a_heap_of_chunks_stays_behind(served: Served) -> None:
+    """More than a read takes is there at once, and then nothing comes that would tell of the rest."""
+    heap = b"".join(chunk(event({"text": "x" * 900})) for _ in range(1000))
+    room = asyncio.Event()
+
+    async def heaps(engine: Engine, request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD)
+        for number in range(20):
+            writer.write(chunk(token(number)))
+            await asyncio.sleep(0.002)
+        await room.wait()
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        writer.write(heap + chunk(event("[DONE]")) + b"0\r\n\r\n")
+
+    async def test(router: Harness) -> None:
+        await router.table(model(a=[await router.engine("r1", heaps)]))
+        client = await router.client()
+        client.send(post(stream=True))
+        shortcut = await shortcut_of(router)
+        (exchange,) = router.worker.active
+        upstream = exchange.upstream
+        assert upstream is not None
+        upstream.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        await until(lambda: shortcut.pieces > 5)
+        room.set()
+        async with asyncio.timeout(10):
+            answer = await client.answer()
+        assert answer.complete
+        assert answer.body.count(b"x" * 900) == 1000
 
     served(test)
