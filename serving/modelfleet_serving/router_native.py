@@ -1,6 +1,6 @@
 """The data path as machine code, where this machine can make it: the same modules, compiled by mypyc.
 
-What is in C (``wire.c``, ``shortcut.c``, ``peek.c``) is compiled with them.
+What is in C is compiled with them.
 
 ``python -m modelfleet_serving.router_native`` compiles (about a minute, needs the extra ``native`` and a C
 compiler) into ``$MODELFLEET_CACHE/router/KEY``, or the user's cache directory; with ``--system`` into the
@@ -68,7 +68,7 @@ MODULES: Final = (
     "policy/recorder",
     "policy/split",
 )
-C_SOURCES: Final = ("wire.c", "shortcut.c", "peek.c")
+C_SOURCES: Final = ("wire.c", "shortcut.c", "peek.c", "prefixes.c")
 C_HEADERS: Final = ("wire.h",)
 # What setuptools is told to make of it.
 _SETUP: Final = """

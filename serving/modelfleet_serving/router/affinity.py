@@ -126,16 +126,7 @@ class PrefixAffinity:
 
     def record(self, prompt: Fingerprint) -> None:
         """The chosen replica gets the prompt: from now on it holds it."""
-        hashes = prompt.hashes
-        code = prompt.code
-        table = self.table
-        # From the end: what it holds already needs no writing but for its place in the order of use.
-        for block in range(len(hashes) - 1, -1, -1):
-            known = table.add(hashes[block], code)
-            if known:
-                if known == 1 and block:
-                    table.add(hashes[0], code)
-                return
+        self.table.record(prompt.hashes, prompt.code)
 
     def _sampled(self, group: Group[R], prompt: Fingerprint) -> list[float]:
         """Loads of some members: a few random ones, a few that are the same in every process, and holders."""

@@ -15,12 +15,37 @@ from modelfleet_serving.router.observe import (
 
 
 class Distribution:
-    """Counts by bucket, the last one open.
+    """Counts by bucket, the last one open."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one value."""
+        bucket = 0
+        for bound in self._bounds:
+            if value <= bound:
+                break
+            bucket += 1
+        self._counts[bucket] += 1
+        self._sum += value
+
+    def histogram(self) -> Histogram:
+        """The counts so far."""
+        return Histogram(self._bounds, list(self._counts), self._sum)
+
+
+class SharedDistribution:
+    """The same, in memory where C counts, too.
 
     Attributes:
         bounds: upper ends of all buckets but the last, an array of doubles.
         counts: values in each bucket, and the sum of all behind them: an array of doubles, which are exact
-            for counts. In one piece because C counts there, too.
+            for counts.
     """
 
     __slots__ = ("_bounds", "bounds", "counts")
@@ -70,7 +95,7 @@ class VariantMeter:
         self.continued = self.ejections = self.input_tokens = self.output_tokens = 0
         self.statuses: dict[int, int] = {}
         self.first_byte = Distribution(FIRST_BYTE_BOUNDS)
-        self.gap = Distribution(GAP_BOUNDS)
+        self.gap = SharedDistribution(GAP_BOUNDS)
         self.duration = Distribution(DURATION_BOUNDS)
         self.queue_wait = Distribution(FIRST_BYTE_BOUNDS)
 

@@ -48,12 +48,14 @@ class SocketPoller(ABC):
     def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
         """Changes what a transport waits for: ``READABLE``, ``WRITABLE``, both or 0."""
 
+    @abstractmethod
     def watch_news(self, fd: int) -> None:
         """Lets a watched socket be told of only when something comes, until :meth:`watch_again`.
 
         That saves the kernel a look at each socket that was just read empty, as shortcuts read them.
         """
 
+    @abstractmethod
     def watch_again(self, fd: int, mask: int) -> None:
         """Lets a socket be told of as long as it is ready, as before."""
 
@@ -225,6 +227,12 @@ class LoopPoller(SocketPoller):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(has_shortcuts=False)
         self._loop = loop
+
+    def watch_news(self, fd: int) -> None:
+        """Makes no difference here: there are no shortcuts."""
+
+    def watch_again(self, fd: int, mask: int) -> None:
+        """Makes no difference here."""
 
     def gather(self, transport: SocketTransport) -> None:
         """Flushes at once."""

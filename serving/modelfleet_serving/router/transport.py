@@ -51,9 +51,9 @@ class ByteProtocol:
 class SocketTransport:
     """One connected, non-blocking socket.
 
-    Writing tries the socket first, at once or with others that became ready with it, and keeps what it doesn't
-    take; the protocol is told above a high-water mark (``pause_writing``). ``connection_lost`` comes later than
-    the call that ended the connection.
+    Writing tries the socket first, at once or with others that became ready with it, and keeps what it
+    doesn't take; the protocol is told above a high-water mark (``pause_writing``). ``connection_lost`` comes
+    later than the call that ended the connection.
     """
 
     __slots__ = (
@@ -338,10 +338,23 @@ class SocketTransport:
         if not self._gathered:
             return
         self._gathered = False
+        out = self._out
         try:
-            self._flush()
+            # Nearly always it is one piece, which the socket takes.
+            if len(out) == 1 and not (self._full or self._closing or self._ending):
+                sent = _transmit(self._fd, out[0])
+                if sent == self._out_bytes:
+                    out.clear()
+                    self._out_bytes = 0
+                    return
+                out[0] = memoryview(out[0])[sent:]
+                self._out_bytes -= sent
+            else:
+                self._flush()
             if self._out_bytes:
                 self._kept()
+        except OSError as error:
+            self._end(error)
         except Exception as error:  # noqa: BLE001  one connection's fault must not end the others
             self._broken(error)
 
@@ -351,7 +364,7 @@ class SocketTransport:
         while out:
             pieces = list(islice(out, wire.MAX_PIECES))
             try:
-                sent = _transmit(self._fd, out[0]) if len(pieces) == 1 else _transmit_pieces(self._fd, pieces)
+                sent = _transmit_pieces(self._fd, pieces)
             except OSError as error:
                 self._end(error)
                 return

@@ -247,7 +247,7 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__wire(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && shortcut_add_to(module) < 0)
+    if (module != NULL && (shortcut_add_to(module) < 0 || prefixes_add_to(module) < 0))
         Py_CLEAR(module);
     return module;
 }

@@ -46,6 +46,7 @@ enum received shortcut_receive(int descriptor, struct gathered *gathered, PyObje
 bool shortcut_send(struct gathered *gathered, PyObject *ready);
 int shortcut_add_to(PyObject *module);
 
+int prefixes_add_to(PyObject *module);
 PyObject *peek(PyObject *module, PyObject *const *arguments, Py_ssize_t number);
 
 #endif

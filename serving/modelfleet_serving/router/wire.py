@@ -1,10 +1,12 @@
-"""The data path's system calls: from C where it is compiled (``wire.c``), otherwise by the standard library.
+"""What the data path has in C, where it is compiled; otherwise the standard library does it, or nobody.
 
-All are for sockets that don't block. A call that would have to wait, or that a signal interrupted, says so in
-its result; any other failure is an ``OSError``.
+System calls (``wire.c``) are for sockets that don't block. A call that would have to wait, or that a signal
+interrupted, says so in its result; any other failure is an ``OSError``.
 
-And shortcuts (``shortcut.c``): while one is open, the regular chunks of a stream go from an engine's socket
-to a client's without coming here. Whatever is not regular, or can't be sent at once, ends it.
+Shortcuts (``shortcut.c``): while one is open, the regular chunks of a stream go from an engine's socket to a
+client's without coming here. Whatever is not regular, or can't be sent at once, ends it.
+
+A look at bodies (``peek.c``), and into the table of prefixes (``prefixes.c``).
 """
 
 from __future__ import annotations
@@ -108,6 +110,8 @@ The second argument is how many bytes will probably come: a guess that makes muc
 """
 transmit: Final[Callable[[int, Buffer], int]] = compiled.transmit if compiled else transmit_standard
 """Sends; returns how many bytes the socket took, 0 for none now."""
+Prefixes: Final[Any] = compiled.Prefixes if compiled else None
+"""``Prefixes(memory)`` does what :class:`~modelfleet_serving.router.policy.prefix_table.PrefixTable` does."""
 peek: Final[Callable[[bytes, int], tuple[Any, ...] | None] | None] = compiled.peek if compiled else None
 """The members of a JSON body that routing looks at. ``None`` without C.
 

@@ -5,12 +5,15 @@ The table is set-associative. A block's hash names a bucket of eight cells, one 
 a new entry pushes the last one out. Cells are written without a lock: a race loses an entry, writes one
 twice, or in the worst case mixes two, and each of these costs a cache miss and nothing else.
 
-Buckets are searched as bytes: that is one call where a loop over cells would be ten times slower.
+Buckets are searched as bytes: that is one call where a loop over cells would be ten times slower. Where the
+data path is compiled, C does it (``prefixes.c``), on the same layout.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from modelfleet_serving.router import wire
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -31,7 +34,7 @@ class PrefixTable:
         size: Of the private memory, in bytes.
     """
 
-    __slots__ = ("_mask", "_memory")
+    __slots__ = ("_mask", "_memory", "_quick")
 
     def __init__(self, memory: Buffer | None = None, size: int = DEFAULT_BYTES) -> None:
         view = memoryview(bytearray(size) if memory is None else memory).cast("B")
@@ -40,9 +43,13 @@ class PrefixTable:
             raise ValueError(f"the prefix table needs a writable power of two of bytes, not {size}")
         self._memory = view
         self._mask = size // _BUCKET - 1
+        self._quick: Any = None if wire.Prefixes is None else wire.Prefixes(view)
 
     def holders(self, value: int) -> list[int]:
         """Codes of the replicas that have seen a block, the last used first."""
+        if self._quick is not None:
+            found: list[int] = self._quick.holders(value)
+            return found
         offset = (value & self._mask) * _BUCKET
         bucket = self._memory[offset : offset + _BUCKET].tobytes()
         tag = (value >> 16).to_bytes(6, "little")
@@ -60,6 +67,9 @@ class PrefixTable:
         Returns:
             0 when that is new, 1 when it was known, 2 when it was also the last news of its bucket.
         """
+        if self._quick is not None:
+            known: int = self._quick.add(value, code)
+            return known
         offset = (value & self._mask) * _BUCKET
         memory = self._memory
         bucket = memory[offset : offset + _BUCKET].tobytes()
@@ -74,6 +84,19 @@ class PrefixTable:
             return 0
         memory[offset : offset + place + _CELL] = entry + bucket[:place]
         return 1
+
+    def record(self, hashes: list[int], code: int) -> None:
+        """A replica gets a prompt with these blocks, of which it may have seen the first ones."""
+        if self._quick is not None:
+            self._quick.record(hashes, code)
+            return
+        # From the end: what it holds already needs no writing but for its place in the order of use.
+        for block in range(len(hashes) - 1, -1, -1):
+            known = self.add(hashes[block], code)
+            if known:
+                if known == 1 and block:
+                    self.add(hashes[0], code)
+                return
 
     def among(self, value: int, by_code: dict[int, int], without: set[int]) -> list[int]:
         """Members that have seen a block, by ``by_code``, but for those in ``without``."""
@@ -94,6 +117,9 @@ class PrefixTable:
         one, at those before the last one and then halves: who has seen a block has seen those before it, as
         far as the table still knows.
         """
+        if self._quick is not None:
+            deepest: tuple[int, list[int]] = self._quick.deepest(hashes, stop, by_code, without)
+            return deepest
         last = stop - 1
         if last < 0:
             return -1, []
