@@ -68,7 +68,7 @@ MODULES: Final = (
     "policy/recorder",
     "policy/split",
 )
-C_SOURCES: Final = ("wire.c", "shortcut.c", "peek.c", "prefixes.c")
+C_SOURCES: Final = ("wire.c", "shortcut.c", "peek.c", "prefixes.c", "hashing.c", "sizes.c", "quota.c")
 C_HEADERS: Final = ("wire.h",)
 # What setuptools is told to make of it.
 _SETUP: Final = """

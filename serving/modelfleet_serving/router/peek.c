@@ -255,9 +255,14 @@ static place skip_value(place at, place end, int depth)
 
 enum { MODEL, MEMBERS = 11 };
 
-static const char *const names[MEMBERS] = {
-    "model",  "stream",         "messages",             "prompt",     "input",                 "system",
-    "tools",  "stream_options", "previous_response_id", "max_tokens", "max_completion_tokens",
+#define NAMED(text) {text, sizeof text - 1}
+static const struct {
+    const char *text;
+    Py_ssize_t size;
+} names[MEMBERS] = {
+    NAMED("model"), NAMED("stream"), NAMED("messages"), NAMED("prompt"), NAMED("input"), NAMED("system"),
+    NAMED("tools"), NAMED("stream_options"), NAMED("previous_response_id"), NAMED("max_tokens"),
+    NAMED("max_completion_tokens"),
 };
 
 struct member {
@@ -268,7 +273,7 @@ struct member {
 static int index_of(place name, Py_ssize_t size)
 {
     for (int index = 0; index < MEMBERS; index++) {
-        if (strlen(names[index]) == (size_t)size && !memcmp(names[index], name, (size_t)size))
+        if (names[index].size == size && !memcmp(names[index].text, name, (size_t)size))
             return index;
     }
     return -1;

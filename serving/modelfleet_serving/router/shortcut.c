@@ -6,6 +6,8 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <string.h>
 #include <structmember.h>
 #include <sys/socket.h>
@@ -258,6 +260,15 @@ static void destroy(Shortcut *self)
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
+/* Lets every second chunk be acknowledged, not each: that is a fifth of what a chunk costs. The kernel goes back
+ * to each by itself when an acknowledgement was waited for, so that a sender that does so (Nagle) is held up for
+ * 40 ms, once. */
+static void acknowledge_later(int source)
+{
+    int at_once = 0;
+    setsockopt(source, IPPROTO_TCP, TCP_QUICKACK, &at_once, sizeof at_once); /* it passes without, too */
+}
+
 static PyObject *begin(Shortcut *self, PyObject *const *arguments, Py_ssize_t number)
 {
     int source, sink;
@@ -283,6 +294,7 @@ static PyObject *begin(Shortcut *self, PyObject *const *arguments, Py_ssize_t nu
     self->source = source;
     self->sink = sink;
     self->last = last;
+    acknowledge_later(source);
     Py_RETURN_NONE;
 }
 

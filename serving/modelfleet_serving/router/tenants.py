@@ -51,7 +51,7 @@ import yaml
 from modelfleet_serving.router.holding import NORMAL, PriorityError, parse_priority
 from modelfleet_serving.router.policy.key_table import LOOKUP, KeyTable, Tenant
 from modelfleet_serving.router.policy.load import estimate_tokens
-from modelfleet_serving.router.policy.quota import RATES, Lease, Quotas, TenantRows
+from modelfleet_serving.router.policy.quota import HIGHEST, RATES, Lease, Quotas, TenantRows
 
 __all__ = [
     "RATES",
@@ -88,7 +88,7 @@ def hash_key(key: str) -> str:
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 
-Positive = Annotated[int, msgspec.Meta(gt=0)]
+Positive = Annotated[int, msgspec.Meta(gt=0, le=HIGHEST)]
 
 
 class _Entry(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):

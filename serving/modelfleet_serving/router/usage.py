@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from modelfleet_serving.router import wire
 from modelfleet_serving.router.digits import read_digits
 
 KEY: Final = b'"usage"'
@@ -23,6 +24,10 @@ _COMPLETION_SIZE: Final = len(_COMPLETION)
 
 def read_usage(data: bytes) -> tuple[int, int] | None:
     """Input and output tokens of the last usage object in ``data``, of OpenAI's or Anthropic's form."""
+    if wire.usual_usage is not None:
+        usual: tuple[int, int] | None = wire.usual_usage(data)
+        if usual is None or usual:
+            return usual
     place = data.rfind(KEY)
     if place < 0:
         return None

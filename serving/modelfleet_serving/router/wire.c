@@ -236,6 +236,10 @@ static PyMethodDef methods[] = {
     {"transmit", (PyCFunction)(void (*)(void))transmit, METH_FASTCALL, NULL},
     {"transmit_pieces", (PyCFunction)(void (*)(void))transmit_pieces, METH_FASTCALL, NULL},
     {"peek", (PyCFunction)(void (*)(void))peek, METH_FASTCALL, NULL},
+    {"hash_blocks", (PyCFunction)(void (*)(void))hash_blocks, METH_FASTCALL, NULL},
+    {"readable_bytes", (PyCFunction)(void (*)(void))readable_bytes, METH_FASTCALL, NULL},
+    {"usual_usage", usual_usage, METH_O, NULL},
+    {"charge", (PyCFunction)(void (*)(void))charge, METH_FASTCALL, NULL},
     {"wait_ready", (PyCFunction)(void (*)(void))wait_ready, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -48,5 +48,9 @@ int shortcut_add_to(PyObject *module);
 
 int prefixes_add_to(PyObject *module);
 PyObject *peek(PyObject *module, PyObject *const *arguments, Py_ssize_t number);
+PyObject *hash_blocks(PyObject *module, PyObject *const *arguments, Py_ssize_t number);
+PyObject *readable_bytes(PyObject *module, PyObject *const *arguments, Py_ssize_t number);
+PyObject *usual_usage(PyObject *module, PyObject *data);
+PyObject *charge(PyObject *module, PyObject *const *arguments, Py_ssize_t number);
 
 #endif

@@ -6,7 +6,9 @@ interrupted, says so in its result; any other failure is an ``OSError``.
 Shortcuts (``shortcut.c``): while one is open, the regular chunks of a stream go from an engine's socket to a
 client's without coming here. Whatever is not regular, or can't be sent at once, ends it.
 
-A look at bodies (``peek.c``), and into the table of prefixes (``prefixes.c``).
+And what is looked up and counted for each request: members of bodies (``peek.c``), blocks of prompts
+(``hashing.c``), the table of prefixes (``prefixes.c``), sizes and usage (``sizes.c``), limits (``quota.c``).
+The modules that use these do the same without C, and tests hold the two to the same results.
 """
 
 from __future__ import annotations
@@ -110,6 +112,21 @@ The second argument is how many bytes will probably come: a guess that makes muc
 """
 transmit: Final[Callable[[int, Buffer], int]] = compiled.transmit if compiled else transmit_standard
 """Sends; returns how many bytes the socket took, 0 for none now."""
+hash_blocks: Final[Any] = compiled.hash_blocks if compiled else None
+"""``hash_blocks(data, size, seed, ends)``: hashes of :mod:`modelfleet_serving.router.policy.fingerprint`."""
+readable_bytes: Final[Any] = compiled.readable_bytes if compiled else None
+"""See :func:`~modelfleet_serving.router.policy.load.readable_bytes`."""
+usual_usage: Final[Any] = compiled.usual_usage if compiled else None
+"""Input and output tokens of the last usage, in the form in which most engines write it.
+
+``None`` for none, an empty tuple for another form.
+"""
+charge: Final[Any] = compiled.charge if compiled else None
+"""Charges a request to a tenant's row, for :mod:`modelfleet_serving.router.policy.quota`.
+
+``charge(rates, charged, row, workers, worker, now, units, costs, lines)`` returns the header lines, or
+``None`` when there is no room: then nothing was charged.
+"""
 Prefixes: Final[Any] = compiled.Prefixes if compiled else None
 """``Prefixes(memory)`` does what :class:`~modelfleet_serving.router.policy.prefix_table.PrefixTable` does."""
 peek: Final[Callable[[bytes, int], tuple[Any, ...] | None] | None] = compiled.peek if compiled else None

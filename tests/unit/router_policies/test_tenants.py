@@ -148,6 +148,7 @@ def test_every_fault_is_told_with_its_place() -> None:
                 {"name": "c", "hash": hash_key("2"), "requestPerMinute": 5},
                 {"name": "d", "hash": hash_key("3"), "requestsPerMinute": 0},
                 {"name": "c", "hash": hash_key("4")},
+                {"name": "e", "hash": hash_key("5"), "outputTokensPerMinute": 10**400},
             ]
         }
     )
@@ -160,6 +161,7 @@ def test_every_fault_is_told_with_its_place() -> None:
         "keys[4] has unknown fields (requestPerMinute)",
         "keys[5]: Expected `int` >= 1",
         "keys[6].name: 'c' occurs twice",
+        "keys[7]: ",
     ):
         assert part in text
 

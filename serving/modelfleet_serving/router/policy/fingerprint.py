@@ -8,10 +8,13 @@ Images as data URLs are part of those bytes.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh64_intdigest
+
+from modelfleet_serving.router import wire
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,6 +42,8 @@ def _ends() -> tuple[int, ...]:
 
 ENDS: Final = _ends()
 """Where each block ends, in bytes."""
+_ENDS: Final = array("q", ENDS)
+_hash_blocks: Final[Any] = wire.hash_blocks
 
 
 class Fingerprint:
@@ -70,8 +75,20 @@ def seed_of(*parts: str) -> int:
     """Seed of a chain: model, variant, adapter, tenant's salt. Chains of different seeds share nothing."""
     seed = 0
     for part in parts:
-        seed = xxh3_64_intdigest(part.encode(), seed)
+        seed = xxh64_intdigest(part.encode(), seed)
     return seed
+
+
+def _hash_slowly(view: memoryview, size: int, seed: int) -> list[int]:
+    hashes: list[int] = []
+    start = 0
+    for end in ENDS:
+        if end > size:
+            break
+        seed = xxh64_intdigest(view[start:end], seed)
+        hashes.append(seed)
+        start = end
+    return hashes
 
 
 def fingerprint(prompt: Buffer, seed: int = 0, before: Sequence[Buffer] = ()) -> Fingerprint | None:
@@ -91,23 +108,18 @@ def fingerprint(prompt: Buffer, seed: int = 0, before: Sequence[Buffer] = ()) ->
     for part in before:
         size = memoryview(part).nbytes
         if size:
-            seed = xxh3_64_intdigest(part, seed)
+            seed = xxh64_intdigest(part, seed)
             base += size
     size = view.nbytes - 1
     while size > 0 and view[size - 1] in b" \t\r\n":
         size -= 1
-    hashes: list[int] = []
     skip = 0
     if base >= BLOCK:
-        hashes.append(seed)
         skip = 1
     elif size < BLOCK:
         return None
-    start = 0
-    for end in ENDS:
-        if end > size:
-            break
-        seed = xxh3_64_intdigest(view[start:end], seed)
-        hashes.append(seed)
-        start = end
+    quick = _hash_blocks
+    hashes: list[int] = _hash_slowly(view, size, seed) if quick is None else quick(view, size, seed, _ENDS)
+    if skip:
+        hashes.insert(0, seed)
     return Fingerprint(hashes, base + max(size, 0), base, skip) if hashes else None

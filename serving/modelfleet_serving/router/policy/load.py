@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from modelfleet_serving.router import wire
 from modelfleet_serving.router.policy.group import Group, R
 
 READING_KIB: Final = 2
@@ -43,6 +44,9 @@ def readable_bytes(data: bytes, start: int = 0) -> int:
         data: Holds the body.
         start: Where that begins.
     """
+    if wire.readable_bytes is not None:
+        readable: int = wire.readable_bytes(data, start)
+        return readable
     size = len(data) - start
     if size < _SMALL:
         return size

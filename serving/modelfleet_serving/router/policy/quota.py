@@ -15,6 +15,7 @@ from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
+from modelfleet_serving.router import wire
 from modelfleet_serving.router.digits import write_digits
 from modelfleet_serving.router.errors import RequestError
 
@@ -29,6 +30,8 @@ _NAMES: Final = (b"requests", b"tokens", b"output-tokens")
 """In OpenAI's header names; output tokens have names of their own."""
 _WORDS: Final = ("requests per minute", "input tokens per minute", "output tokens per minute")
 _TAG: Final = (1 << 63) - 1
+HIGHEST: Final = 10**15
+"""A limit above this is a mistake, and its numbers have no room in headers."""
 _PRIVATE_ROWS: Final = 1024
 _MILLISECONDS: Final = tuple(b"%dms" % number for number in range(1001))
 
@@ -152,6 +155,17 @@ class TenantRows:
         """Counts what was charged to a cell of ``rates``."""
         self.charged[cell * self._workers + self._worker] += seconds
 
+    def charge_quickly(
+        self, limits: Limits, row: int, now: float, input_tokens: float, output_tokens: float
+    ) -> bytes | None:
+        """Charges a request on all three rates, by C; returns its header lines, or ``None`` for no room."""
+        units = limits.seconds
+        costs = (units[0], units[1] * input_tokens, units[2] * output_tokens)
+        lines: bytes | None = wire.charge(
+            self.rates, self.charged, row, self._workers, self._worker, now, units, costs, limits.lines
+        )
+        return lines
+
     def charged_in_all(self, cell: int) -> float:
         """Seconds charged to a cell of ``rates`` so far, over all workers."""
         start = cell * self._workers
@@ -257,6 +271,10 @@ class Quotas:
     ) -> bytes:
         """Charges a request on all three rates, or none; returns the header lines."""
         rows = self._rows
+        if wire.charge is not None:
+            lines = rows.charge_quickly(limits, row, now, input_tokens, output_tokens)
+            if lines is not None:
+                return lines
         cells = rows.rates
         base = row * RATES
         requests_cost, input_cost, output_cost = limits.seconds
