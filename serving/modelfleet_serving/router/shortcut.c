@@ -133,10 +133,15 @@ static void count(Shortcut *self, double now)
     self->pieces++;
 }
 
+/* Appends. Room grows to the double (from more than that Resize would take the rest away again): by an eighth, as
+ * bytearrays grow by themselves, a stream would be copied nine times. */
 static bool keep(PyObject *kept, const char *data, Py_ssize_t size)
 {
     Py_ssize_t before = PyByteArray_GET_SIZE(kept);
-    if (PyByteArray_Resize(kept, before + size) < 0)
+    Py_ssize_t after = before + size;
+    if (after >= ((PyByteArrayObject *)kept)->ob_alloc && PyByteArray_Resize(kept, 2 * after) < 0)
+        return false;
+    if (PyByteArray_Resize(kept, after) < 0)
         return false;
     memcpy(PyByteArray_AS_STRING(kept) + before, data, (size_t)size);
     return true;
