@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.chart.rendered import SYSTEM
-from tests.controlplane.bed import Cluster, ControlPlane, kuberay, wait_until
+from tests.controlplane.bed import Cluster, CommandError, ControlPlane, kuberay, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -57,5 +57,9 @@ def remove_crds(cluster: Cluster) -> None:
             continue
         for item in cluster.list(name):
             where = ("-n", item["metadata"]["namespace"], name, item["metadata"]["name"])
-            cluster.kubectl("patch", *where, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+            try:
+                cluster.kubectl("patch", *where, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+            except CommandError as error:  # its namespace may have been on its way out, and is gone now
+                if "(NotFound)" not in error.stderr:
+                    raise
         cluster.kubectl("delete", "crd", name, "--timeout=30s")

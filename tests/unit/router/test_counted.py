@@ -20,7 +20,7 @@ from modelfleet_serving.router.policy.load import readable_bytes
 from modelfleet_serving.router.policy.quota import HIGHEST, RATES, Limits, Quotas, TenantRows
 from modelfleet_serving.router.usage import read_usage
 
-often = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+often = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 NAMES = st.sampled_from(("model", *RAW, "temperature", "Model", "models", "")) | TEXTS
-quickly = settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quickly = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def members(peeked: Peek) -> dict[str, Any]:
@@ -101,12 +101,12 @@ def test_a_broken_body_is_never_read_as_another(
     agree(compiled, WHOLE[:place] + other + WHOLE[place + size :])
 
 
-@pytest.mark.parametrize("special", [*range(0x20), 0x22, 0x5C])
-@pytest.mark.parametrize("place", [0, 1, 7, 8, 15, 30, 31, 32, 33, 63, 64, 95])
-def test_no_place_in_a_text_hides_a_character(compiled: ModuleType, special: int, place: int) -> None:
-    text = b"x" * place + bytes([special]) + b"y" * 40
-    assert compiled.peek(b'{"prompt":"' + text + b'","model":"m"}', 0) is None
-    agree(compiled, b'{"prompt":"' + text + b'","model":"m"}')
+@pytest.mark.parametrize("place", [0, 1, 7, 15, 16, 31, 32, 47, 48, 63, 64, 95])
+def test_no_place_in_a_text_hides_a_character(compiled: ModuleType, place: int) -> None:
+    for special in (*range(0x20), 0x22, 0x5C):
+        text = b"x" * place + bytes([special]) + b"y" * 40
+        assert compiled.peek(b'{"prompt":"' + text + b'","model":"m"}', 0) is None
+        agree(compiled, b'{"prompt":"' + text + b'","model":"m"}')
     escaped = b'{"prompt":"' + b"x" * place + b'\\" \\\\","model":"m"}'
     assert agree(compiled, escaped) is not None
 

@@ -38,7 +38,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain")
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls=CALLS, size=st.sampled_from((64, 256)))
 def test_both_tables_answer_and_remember_alike(
     compiled: ModuleType, calls: list[tuple[Any, ...]], size: int
