@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
 
 from modelfleet_serving.router import wire
 from modelfleet_serving.router.digits import read_digits
@@ -25,9 +25,11 @@ _COMPLETION_SIZE: Final = len(_COMPLETION)
 def read_usage(data: bytes) -> tuple[int, int] | None:
     """Input and output tokens of the last usage object in ``data``, of OpenAI's or Anthropic's form."""
     if wire.usual_usage is not None:
-        usual: tuple[int, int] | None = wire.usual_usage(data)
-        if usual is None or usual:
-            return usual
+        usual: Any = wire.usual_usage(data)
+        if usual is None:
+            return None
+        if usual:
+            return usual[0], usual[1]
     place = data.rfind(KEY)
     if place < 0:
         return None
