@@ -35,9 +35,7 @@ lint-beside-compiler: venv
 test-chart-beside-ray: venv test-tools
 	$(MAKE) --no-print-directory --jobs=2 test-chart test-engine-and-ray
 
-# One after the other: together they take as long as the chart's, which so begin at once.
-test-engine-and-ray: venv
-	$(MAKE) --no-print-directory --jobs=1 test-ray test-engine
+test-engine-and-ray: test-engine test-ray
 
 test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (two minutes).
 	MODELFLEET_ROUTER_NATIVE=0 $(PYTEST) tests/unit -m "not engine" --numprocesses auto --dist loadfile
