@@ -16,7 +16,7 @@ from tests.ray.conftest import START_SECONDS, Cluster, Follower, until
 
 from modelfleet_serving.contract import Adapter, Heartbeat, ReplicaConfig
 
-# Its first test waits for all of Ray and a registry to start: a minute or two beside the chart's control plane.
+# The first test waits for Ray and a registry to start: a minute or two beside the chart's control plane.
 pytestmark = pytest.mark.timeout(300)
 STREAM_TOKENS = 300
 
