@@ -7,7 +7,7 @@ BENCHES := router datapath operator planner registry simulator
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-cluster record-demo test test-unit test-ray test-e2e test-controlplane lint format generate lock clean
 .PHONY: test-chart test-engine test-native test-tools native generate-install
-.PHONY: lint-beside-compiler test-chart-beside-ray test-engine-and-ray
+.PHONY: compile-beside-lint lint-and-engine test-chart-beside-ray
 .PHONY: bench bench-venv bench-router bench-datapath bench-operator bench-planner soak-router
 
 help: ## This list.
@@ -25,17 +25,19 @@ demo-cluster: venv ## The demo through kubectl: a real control plane, the operat
 record-demo: venv ## Record demo-cluster anew: docs/demo-cluster.cast and .svg (needs npm).
 	@$(PY) scripts/record_demo.py
 
-test: venv lint-beside-compiler test-unit test-chart-beside-ray test-native test-e2e test-controlplane ## Everything, as CI runs it.
+test: venv compile-beside-lint test-unit test-chart-beside-ray test-native test-e2e test-controlplane ## Everything, as CI runs it.
 
-# One core each.
-lint-beside-compiler: venv
-	$(MAKE) --no-print-directory --jobs=2 lint native
+# The compiler has one core for minutes; so have the others.
+compile-beside-lint: venv
+	$(MAKE) --no-print-directory --jobs=2 native lint-and-engine
 
-# All of these wait more than they work, and none of them measures time.
+lint-and-engine:
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory test-engine
+
+# Both wait more than they work, and neither measures time.
 test-chart-beside-ray: venv test-tools
-	$(MAKE) --no-print-directory --jobs=2 test-chart test-engine-and-ray
-
-test-engine-and-ray: test-engine test-ray
+	$(MAKE) --no-print-directory --jobs=2 test-chart test-ray
 
 test-unit: venv ## Pure logic, protocol and processes without Ray, engines or Kubernetes (two minutes).
 	MODELFLEET_ROUTER_NATIVE=0 $(PYTEST) tests/unit -m "not engine" --numprocesses auto --dist loadfile
