@@ -43,6 +43,7 @@ MODULES: Final = (
     "incoming",
     "known_heads",
     "meters",
+    "opening",
     "peek",
     "poller",
     "relay",
@@ -50,6 +51,7 @@ MODULES: Final = (
     "request",
     "response",
     "routing",
+    "sending",
     "server",
     "stored",
     "table",
@@ -68,7 +70,16 @@ MODULES: Final = (
     "policy/recorder",
     "policy/split",
 )
-C_SOURCES: Final = ("wire.c", "shortcut.c", "peek.c", "prefixes.c", "hashing.c", "sizes.c", "quota.c")
+C_SOURCES: Final = (
+    "wire.c",
+    "shortcut.c",
+    "tape.c",
+    "peek.c",
+    "prefixes.c",
+    "hashing.c",
+    "sizes.c",
+    "quota.c",
+)
 C_HEADERS: Final = ("wire.h",)
 # What setuptools is told to make of it.
 _SETUP: Final = """

@@ -11,7 +11,7 @@ from modelfleet_serving.router.api import OPERATIONS, Kind
 from modelfleet_serving.router.errors import RequestError
 from modelfleet_serving.router.known_heads import Curiosity, KnownRequest, pattern_of, worth_knowing
 from modelfleet_serving.router.request import HEADER_CODES, Request
-from modelfleet_serving.router.transport import ByteProtocol
+from modelfleet_serving.router.sending import ByteProtocol
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from modelfleet_serving.router import wire
 
 if TYPE_CHECKING:
-    from modelfleet_serving.router.transport import SocketTransport
+    from modelfleet_serving.router.sending import SendingSocket
 
 # epoll's masks, which are poll's: the same names on systems that have no epoll.
 READABLE: Final = 0x01
@@ -30,6 +30,19 @@ _NEWS: Final = READABLE | 0x2000 | 0x8000_0000
 _GATHERED: Final = 8
 """Writes that wait for each other at most, so that the first is not late."""
 _monotonic: Final = time.monotonic
+
+
+class Watched(ABC):
+    """What is told by a poller that its socket is ready."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def on_event(self, mask: int) -> None:
+        """The socket is ready, as epoll's mask says; it may have failed, too."""
+
+    def on_shortcut_end(self, what: Any) -> None:  # noqa: B027  most have none
+        """Takes what a shortcut has received and did not pass on: ``wire.waiter`` says what it may be."""
 
 
 class SocketPoller(ABC):
@@ -45,8 +58,8 @@ class SocketPoller(ABC):
         self.gathers = False
 
     @abstractmethod
-    def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
-        """Changes what a transport waits for: ``READABLE``, ``WRITABLE``, both or 0."""
+    def watch(self, fd: int, watched: Watched, before: int, after: int) -> None:
+        """Changes what somebody waits for: ``READABLE``, ``WRITABLE``, both or 0."""
 
     @abstractmethod
     def watch_news(self, fd: int) -> None:
@@ -60,7 +73,7 @@ class SocketPoller(ABC):
         """Lets a socket be told of as long as it is ready, as before."""
 
     @abstractmethod
-    def gather(self, transport: SocketTransport) -> None:
+    def gather(self, transport: SendingSocket) -> None:
         """Calls a transport's ``flush`` soon, together with others'."""
 
 
@@ -74,21 +87,21 @@ class Poller(SocketPoller):
     def __init__(self) -> None:
         super().__init__(has_shortcuts=True)
         self.woken = False
-        self._gathered: list[SocketTransport] = []
+        self._gathered: list[SendingSocket] = []
         self._epoll: Any = select.epoll()  # type: ignore[attr-defined,unused-ignore]
         self._wait = wire.waiter(self._epoll)
-        self._transports: dict[int, SocketTransport] = {}
+        self._watched: dict[int, Watched] = {}
         self._keys: dict[int, SelectorKey] = {}
 
-    def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
-        """Changes what a transport waits for, by one call of the kernel."""
+    def watch(self, fd: int, watched: Watched, before: int, after: int) -> None:
+        """Changes what somebody waits for, by one call of the kernel."""
         if not before:
             self._epoll.register(fd, after)
-            self._transports[fd] = transport
+            self._watched[fd] = watched
         elif after:
             self._epoll.modify(fd, after)
         else:
-            del self._transports[fd]
+            del self._watched[fd]
             self._epoll.unregister(fd)
 
     def watch_news(self, fd: int) -> None:
@@ -99,7 +112,7 @@ class Poller(SocketPoller):
         """Likewise."""
         self._epoll.modify(fd, mask)
 
-    def gather(self, transport: SocketTransport) -> None:
+    def gather(self, transport: SendingSocket) -> None:
         """Calls a transport's ``flush`` once the sockets that are ready are served, or some of them.
 
         Whoever waits for one of several writes wakes up once, and finds the others when it looks. Waking a
@@ -133,12 +146,12 @@ class Poller(SocketPoller):
             for index in range(0, len(events), 2):
                 fd: Any = events[index]  # an object: it is a key
                 what = events[index + 1]
-                transport = self._transports.get(fd)
+                watched = self._watched.get(fd)
                 if not isinstance(what, int):
-                    if transport is not None:  # else an event before this one has ended it
-                        transport.on_shortcut_end(what)
-                elif transport is not None:
-                    transport.on_event(what)
+                    if watched is not None:  # else an event before this one has ended it
+                        watched.on_shortcut_end(what)
+                elif watched is not None:
+                    watched.on_event(what)
                 else:
                     self._add(fd, what, ready)
             self.gathers = False
@@ -217,7 +230,7 @@ class Poller(SocketPoller):
     def close(self) -> None:
         """Ends."""
         self._keys.clear()
-        self._transports.clear()
+        self._watched.clear()
         self._epoll.close()
 
 
@@ -234,21 +247,21 @@ class LoopPoller(SocketPoller):
     def watch_again(self, fd: int, mask: int) -> None:
         """Makes no difference here."""
 
-    def gather(self, transport: SocketTransport) -> None:
+    def gather(self, transport: SendingSocket) -> None:
         """Flushes at once."""
         transport.flush()
 
-    def watch(self, fd: int, transport: SocketTransport, before: int, after: int) -> None:
+    def watch(self, fd: int, watched: Watched, before: int, after: int) -> None:
         """Changes what the loop calls it for."""
         changed = before ^ after
         if changed & READABLE:
             if after & READABLE:
-                self._loop.add_reader(fd, transport.on_event, READABLE)
+                self._loop.add_reader(fd, watched.on_event, READABLE)
             else:
                 self._loop.remove_reader(fd)
         if changed & WRITABLE:
             if after & WRITABLE:
-                self._loop.add_writer(fd, transport.on_event, WRITABLE)
+                self._loop.add_writer(fd, watched.on_event, WRITABLE)
             else:
                 self._loop.remove_writer(fd)
 

@@ -198,7 +198,7 @@ class Reply:
     def _record(self, *, chunked: bool) -> None:
         exchange = self.exchange
         if exchange.operation.kind in _CONTINUABLE and exchange.worker.settings.continue_streams:
-            self.recorder = Recorder(chunked=chunked)
+            self.recorder = Recorder(chunked=chunked, tape=wire.Tape())
 
     def _go_on(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes, splice: Splice) -> None:
         """Passes on the stream of an engine that goes on for one that died."""

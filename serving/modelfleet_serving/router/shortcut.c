@@ -23,7 +23,7 @@ typedef struct {
     double last;
     Py_ssize_t pieces;
     Py_ssize_t most;
-    PyObject *kept; /* a bytearray, or NULL */
+    PyObject *kept; /* a Tape, or NULL */
     Py_buffer bounds;
     Py_buffer counts;
 } Shortcut;
@@ -133,32 +133,18 @@ static void count(Shortcut *self, double now)
     self->pieces++;
 }
 
-/* Appends. Room grows to the double (from more than that Resize would take the rest away again): by an eighth, as
- * bytearrays grow by themselves, a stream would be copied nine times. */
-static bool keep(PyObject *kept, const char *data, Py_ssize_t size)
-{
-    Py_ssize_t before = PyByteArray_GET_SIZE(kept);
-    Py_ssize_t after = before + size;
-    if (after >= ((PyByteArrayObject *)kept)->ob_alloc && PyByteArray_Resize(kept, 2 * after) < 0)
-        return false;
-    if (PyByteArray_Resize(kept, after) < 0)
-        return false;
-    memcpy(PyByteArray_AS_STRING(kept) + before, data, (size_t)size);
-    return true;
-}
-
 /* Sends a regular piece. What can't be sent, or not all of it, is for the interpreter. */
 static bool forward(Shortcut *self, int source, const char *data, Py_ssize_t size, double now, PyObject *ready)
 {
     if (self->source != source) /* ended since: a finalizer may have run */
         return wire_add_event(ready, source, PyBytes_FromStringAndSize(data, size));
-    ssize_t sent = send(self->sink, data, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t sent = wire_send(self->sink, data, size);
     if (sent < 0 && !wire_would_block()) {
         end(self); /* sending it again finds the same fault */
         return wire_add_event(ready, source, PyBytes_FromStringAndSize(data, size));
     }
     count(self, now);
-    if (self->kept != NULL && !keep(self->kept, data, size))
+    if (self->kept != NULL && !tape_append(self->kept, data, size))
         return false;
     if (sent == size)
         return true;
@@ -193,11 +179,11 @@ enum received shortcut_receive(int descriptor, struct gathered *gathered, PyObje
     if (self == NULL)
         return UNREAD;
     char *data = wire_buffer + gathered->used;
-    ssize_t size = recv(descriptor, data, (size_t)(READ_BYTES - gathered->used), MSG_DONTWAIT);
+    ssize_t size = wire_receive(descriptor, data, READ_BYTES - gathered->used);
     if (size < 0 && wire_would_block())
         return TAKEN;
     if (size > 0 && is_regular(data, size)
-        && (self->kept == NULL || PyByteArray_GET_SIZE(self->kept) < self->most)) {
+        && (self->kept == NULL || tape_size(self->kept) < self->most)) {
         int index = gathered->number++;
         gathered->pieces[index].shortcut = Py_NewRef((PyObject *)self);
         gathered->pieces[index].source = descriptor;
@@ -234,8 +220,8 @@ static int initialize(Shortcut *self, PyObject *arguments, PyObject *named)
     }
     if (!PyArg_ParseTupleAndKeywords(arguments, named, "OOOn", names, &bounds, &counts, &kept, &self->most))
         return -1;
-    if (kept != Py_None && !PyByteArray_CheckExact(kept)) {
-        PyErr_SetString(PyExc_TypeError, "what is kept must be a bytearray, or None");
+    if (kept != Py_None && !tape_is(kept)) {
+        PyErr_SetString(PyExc_TypeError, "what is kept must be kept on a Tape, or None");
         return -1;
     }
     if (!take_doubles(bounds, &self->bounds, "bounds") || !take_doubles(counts, &self->counts, "counts"))

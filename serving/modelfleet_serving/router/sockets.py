@@ -28,14 +28,15 @@ def poller_of(loop: asyncio.AbstractEventLoop) -> SocketPoller:
 async def connect(
     loop: asyncio.AbstractEventLoop, poller: SocketPoller, host: str, port: int, protocol: Any
 ) -> None:
-    """Connects a protocol to the first of a host's addresses that answers.
+    """Connects a protocol to the first of a name's addresses that answers.
 
     Raises:
         OSError: none did.
         ValueError: the resolver can't encode the name.
     """
     failures: list[OSError] = []
-    for family, kind, number, _, address in await _addresses(loop, host, port):
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, kind, number, _, address in found:
         connection = socket.socket(family, kind, number)
         try:
             connection.setblocking(False)
@@ -52,16 +53,6 @@ async def connect(
     if len(failures) == 1:
         raise failures[0]
     raise OSError("; ".join(map(str, failures)) or f"{host} has no address")
-
-
-async def _addresses(loop: asyncio.AbstractEventLoop, host: str, port: int) -> Sequence[Any]:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, host)
-        except (OSError, ValueError):
-            continue
-        return [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port))]
-    return await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 class Listener:

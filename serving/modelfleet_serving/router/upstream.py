@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, cast
 
+from modelfleet_serving.router.opening import Opening, family_of
 from modelfleet_serving.router.response import FramingError, ResponseHead
+from modelfleet_serving.router.sending import ByteProtocol
 from modelfleet_serving.router.sockets import connect
 from modelfleet_serving.router.tls import engine_context
-from modelfleet_serving.router.transport import ByteProtocol
+from modelfleet_serving.router.transport import SocketTransport
 
 if TYPE_CHECKING:
     from modelfleet_serving.router.exchange import Exchange
@@ -166,14 +169,45 @@ class Connector:
         self._authority = authority
         self._tls: ssl.SSLContext | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._openings: set[Opening] = set()
         self._pools: set[EndpointRef] = set()
 
-    def open(self, endpoint: EndpointRef, exchange: Exchange) -> asyncio.Task[None]:
-        """Opens a connection for an exchange, which is told of the outcome."""
-        task = self._loop.create_task(self._open(endpoint, exchange))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def open(self, endpoint: EndpointRef, exchange: Exchange) -> None:
+        """Opens a connection for an exchange, which is told of the outcome: of a failure, later."""
+        family = 0 if endpoint.tls else family_of(endpoint.host)
+        if not family:
+            task = self._loop.create_task(self._open(endpoint, exchange))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return
+
+        def tell(connected: socket.socket | None, reason: str) -> None:
+            self._openings.discard(opening)
+            if connected is None:
+                exchange.on_connect_failed(endpoint, f"no connection: {reason}")
+                return
+            connection = UpstreamConnection(endpoint)
+            try:
+                SocketTransport(self._loop, self._poller, connected, connection)
+            except OSError as error:  # it was gone before it was taken
+                connected.close()
+                self._loop.call_soon(exchange.on_connect_failed, endpoint, f"no connection: {error}")
+                return
+            self._opened(connection, exchange)
+
+        address = (endpoint.host, endpoint.port)
+        try:
+            opening = Opening(self._loop, self._poller, family, address, self._connect_timeout, tell)
+        except OSError as error:
+            reason = f"no connection: {error.strerror}"
+            self._loop.call_soon(exchange.on_connect_failed, endpoint, reason)
+            return
+        self._openings.add(opening)
+        opening.start()
+
+    def _opened(self, connection: UpstreamConnection, exchange: Exchange) -> None:
+        if not exchange.on_connected(connection.endpoint, connection):
+            self.keep(connection)
 
     async def _open(self, endpoint: EndpointRef, exchange: Exchange) -> None:
         try:
@@ -195,8 +229,7 @@ class Connector:
         except (OSError, ValueError) as error:  # ValueError: a name that the resolver can't encode
             exchange.on_connect_failed(endpoint, f"no connection: {error}")
         else:
-            if not exchange.on_connected(endpoint, connection):
-                self.keep(connection)
+            self._opened(connection, exchange)
 
     def tls(self) -> ssl.SSLContext:
         """The context of connections to engines behind https."""
@@ -243,5 +276,7 @@ class Connector:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._openings:
+            self._openings.pop().cancel()
         for endpoint in list(self._pools):
             self.drop(endpoint)

@@ -9,8 +9,10 @@
 #include <limits.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 /* Between these, copying costs more than allocating too much. Above, malloc maps and unmaps memory each time,
  * as long as more is allocated than stays. */
@@ -20,6 +22,18 @@
 #define MAX_EVENTS 512
 
 char wire_buffer[READ_BYTES];
+
+/* Neither of these two waits. The C library's own functions let their thread be cancelled meanwhile, which the
+ * interpreter has no use for and which takes longer than getting to the kernel and back. */
+ssize_t wire_receive(int descriptor, char *data, Py_ssize_t room)
+{
+    return syscall(SYS_recvfrom, descriptor, data, (size_t)room, MSG_DONTWAIT, NULL, NULL);
+}
+
+ssize_t wire_send(int descriptor, const char *data, Py_ssize_t size)
+{
+    return syscall(SYS_sendto, descriptor, data, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL, NULL, 0);
+}
 
 bool wire_would_block(void)
 {
@@ -53,7 +67,7 @@ static PyObject *receive_large(int descriptor, Py_ssize_t room)
     PyObject *data = PyBytes_FromStringAndSize(NULL, room);
     if (data == NULL)
         return NULL;
-    ssize_t size = recv(descriptor, PyBytes_AS_STRING(data), (size_t)room, MSG_DONTWAIT);
+    ssize_t size = wire_receive(descriptor, PyBytes_AS_STRING(data), room);
     if (size >= 0) {
         if (size < room)
             _PyBytes_Resize(&data, size); /* on failure data is NULL */
@@ -77,7 +91,7 @@ static PyObject *receive(PyObject *Py_UNUSED(module), PyObject *const *arguments
         return NULL;
     if (expected >= LARGE_BYTES && expected <= HUGE_BYTES)
         return receive_large(descriptor, expected);
-    ssize_t size = recv(descriptor, wire_buffer, sizeof wire_buffer, MSG_DONTWAIT);
+    ssize_t size = wire_receive(descriptor, wire_buffer, sizeof wire_buffer);
     if (size >= 0)
         return PyBytes_FromStringAndSize(wire_buffer, size);
     if (wire_would_block())
@@ -100,12 +114,11 @@ static PyObject *transmit(PyObject *Py_UNUSED(module), PyObject *const *argument
     if (!has_arguments("transmit", number, 2) || !wire_to_descriptor(arguments[0], &descriptor))
         return NULL;
     if (PyBytes_CheckExact(arguments[1]))
-        return sent(send(descriptor, PyBytes_AS_STRING(arguments[1]), (size_t)PyBytes_GET_SIZE(arguments[1]),
-                         MSG_DONTWAIT | MSG_NOSIGNAL));
+        return sent(wire_send(descriptor, PyBytes_AS_STRING(arguments[1]), PyBytes_GET_SIZE(arguments[1])));
     Py_buffer view;
     if (PyObject_GetBuffer(arguments[1], &view, PyBUF_SIMPLE) < 0)
         return NULL;
-    ssize_t size = send(descriptor, view.buf, (size_t)view.len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t size = wire_send(descriptor, view.buf, view.len);
     PyObject *result = sent(size); /* reads errno, which releasing the buffer might change */
     PyBuffer_Release(&view);
     return result;
@@ -251,7 +264,7 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__wire(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && (shortcut_add_to(module) < 0 || prefixes_add_to(module) < 0))
+    if (module != NULL && (shortcut_add_to(module) < 0 || tape_add_to(module) < 0 || prefixes_add_to(module) < 0))
         Py_CLEAR(module);
     return module;
 }

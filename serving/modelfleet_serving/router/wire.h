@@ -13,6 +13,8 @@
 /* Where every read goes first. Guarded by the interpreter's lock, which is held from the read to the copy. */
 extern char wire_buffer[READ_BYTES];
 
+ssize_t wire_receive(int descriptor, char *data, Py_ssize_t room);
+ssize_t wire_send(int descriptor, const char *data, Py_ssize_t size);
 bool wire_would_block(void);
 bool wire_to_descriptor(PyObject *number, int *descriptor);
 double wire_now(void);
@@ -45,6 +47,11 @@ bool shortcut_exists(int descriptor);
 enum received shortcut_receive(int descriptor, struct gathered *gathered, PyObject *ready);
 bool shortcut_send(struct gathered *gathered, PyObject *ready);
 int shortcut_add_to(PyObject *module);
+
+bool tape_is(PyObject *object);
+Py_ssize_t tape_size(PyObject *tape);
+bool tape_append(PyObject *tape, const char *data, Py_ssize_t size);
+int tape_add_to(PyObject *module);
 
 int prefixes_add_to(PyObject *module);
 PyObject *peek(PyObject *module, PyObject *const *arguments, Py_ssize_t number);

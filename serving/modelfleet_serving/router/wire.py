@@ -4,7 +4,8 @@ System calls (``wire.c``) are for sockets that don't block. A call that would ha
 interrupted, says so in its result; any other failure is an ``OSError``.
 
 Shortcuts (``shortcut.c``): while one is open, the regular chunks of a stream go from an engine's socket to a
-client's without coming here. Whatever is not regular, or can't be sent at once, ends it.
+client's without coming here. Whatever is not regular, or can't be sent at once, ends it. What a client has
+got is kept on tapes (``tape.c``).
 
 And what is looked up and counted for each request: members of bodies (``peek.c``), blocks of prompts
 (``hashing.c``), the table of prefixes (``prefixes.c``), sizes and usage (``sizes.c``), limits (``quota.c``).
@@ -102,9 +103,11 @@ is the body's last or tells a usage; 16 KB at most in one read.
 Args:
     bounds: upper ends of a histogram's buckets in seconds, an array of doubles.
     counts: one more than those, and the sum at the end: the time between two chunks is counted there.
-    kept: a ``bytearray`` to which is appended what was passed on; ``None`` to keep nothing.
+    kept: a :data:`Tape` to which is appended what was passed on; ``None`` to keep nothing.
     most: bytes in ``kept`` with which it ends, so that somebody can look at them.
 """
+Tape: Final[Any] = compiled.Tape if compiled else bytearray
+"""What is appended to with ``+=`` and read with ``bytes()``, has a ``len()`` and can be ``clear()``-ed."""
 receive: Final[Callable[[int, int], bytes | None]] = compiled.receive if compiled else receive_standard
 """What a socket has: ``None`` for nothing yet, ``b""`` for the end of the stream.
 

@@ -17,13 +17,16 @@ from tests.unit.router.harness import Harness, harness
 from modelfleet_serving.router.event_loop import DataPathLoop
 from modelfleet_serving.router_native import C_SOURCES, PACKAGE
 
+_BOTH = ("test_transport.py", "test_opening.py")
+"""Of sockets: they are to work on uvloop's event loop, too."""
+
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The router's tests run on the event loop that it runs on; its sockets' own on that of TLS, too."""
     own: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"data-path": DataPathLoop}
-    return own | {"uvloop": uvloop.new_event_loop} if item.path.name == "test_transport.py" else own
+    return own | {"uvloop": uvloop.new_event_loop} if item.path.name in _BOTH else own
 
 
 @pytest.fixture

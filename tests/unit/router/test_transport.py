@@ -371,10 +371,12 @@ async def test_the_next_address_is_tried_and_failures_name_theirs(monkeypatch: p
         bad = gone.getsockname()
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in (bad, good)]
 
-    async def resolve(*_: object, **__: object) -> list[Any]:
-        return found
+    really = loop.getaddrinfo
 
-    monkeypatch.setattr("modelfleet_serving.router.sockets._addresses", resolve)
+    async def resolve(host: str, port: int, **named: Any) -> list[Any]:
+        return found if host == "engine" else await really(host, port, **named)
+
+    monkeypatch.setattr(loop, "getaddrinfo", resolve)
     client = Recorder()
     await connect(loop, poller_of(loop), "engine", 1, client)
     client.transport.write(b"hello")

@@ -6,7 +6,7 @@ only its text stays, so that a thousand long streams take some dozen megabytes a
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -25,6 +25,7 @@ class Recorder:
 
     Args:
         chunked: They are in HTTP's chunks.
+        tape: Where they are kept: an empty ``bytearray``, or what does the same.
 
     Attributes:
         kept: what was added since it was last read. A shortcut appends here, too.
@@ -32,8 +33,8 @@ class Recorder:
 
     __slots__ = ("_delivered", "_scanner", "_splitter", "kept")
 
-    def __init__(self, *, chunked: bool) -> None:
-        self.kept = bytearray()
+    def __init__(self, *, chunked: bool, tape: Any = None) -> None:
+        self.kept: Any = bytearray() if tape is None else tape
         self._delivered: Delivered | None = Delivered()
         self._splitter = EventSplitter()
         self._scanner = ChunkScanner() if chunked else None
