@@ -185,6 +185,10 @@ class OutlierDetector:
         self._circuits.pop(identifier, None)
         self._out.pop(identifier, None)
 
+    def _has_left(self, circuit: Circuit) -> bool:
+        """What was sent to it before may still be answered; another one may have its name by now."""
+        return self._circuits.get(circuit.id) is not circuit
+
     @property
     def out(self) -> int:
         """Endpoints that are ejected or on probation."""
@@ -196,8 +200,8 @@ class OutlierDetector:
             if circuit.failures or circuit.ejections:
                 self._settle(circuit, now)
             return False
-        if circuit.state is State.OPEN:
-            return False  # it was sent before the ejection
+        if circuit.state is State.OPEN or self._has_left(circuit):
+            return False  # it was sent before
         circuit.probed += 1
         if circuit.probed >= self._settings.probes:
             circuit.state = State.CLOSED
@@ -214,6 +218,8 @@ class OutlierDetector:
 
     def failed(self, circuit: Circuit, failure: Failure, now: float) -> bool:
         """An attempt failed; returns whether the endpoint's limit changed."""
+        if self._has_left(circuit):
+            return False
         if circuit.state is State.HALF_OPEN:
             self._open(circuit, failure, now)
             return True

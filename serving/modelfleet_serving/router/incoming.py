@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 
@@ -70,7 +70,7 @@ class RequestReader(ByteProtocol):
         self.pending: deque[Request | RequestError] = deque()
         self.closing = False
         self.deadline = NEVER
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._held = 0
         self._synthetic = self.upgrading = False
         self._early = b""
@@ -338,6 +338,10 @@ class RequestReader(ByteProtocol):
         if self.request is not None:
             self._let_go(self.request.held)
         self.request = None
+
+    def forget_parser(self) -> None:
+        """Nothing comes any more. The two know each other, and nothing is to wait for the collector."""
+        self._parser = None
 
     def ask_for_body(self, request: Request) -> None:
         """It is a request's turn, and its body may still have to come."""

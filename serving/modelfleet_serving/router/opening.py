@@ -105,15 +105,22 @@ class Opening(Watched):
             return  # cancelled
         if self._timer is not None:
             self._timer.cancel()
+        tell = self._tell
+        self._tell = _told  # which mostly knows this opening: nothing is to wait for the collector
         if reason:
             self._socket.close()
-            self._tell(None, reason)
+            tell(None, reason)
         else:
-            self._tell(self._socket, "")
+            tell(self._socket, "")
 
     def cancel(self) -> None:
         """Gives up; nobody is told."""
         self._rest()
         if self._timer is not None:
             self._timer.cancel()
+        self._tell = _told
         self._socket.close()
+
+
+def _told(_connected: socket.socket | None, _reason: str) -> None:
+    """Nobody waits any more."""

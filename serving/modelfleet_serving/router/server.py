@@ -66,6 +66,7 @@ class ClientConnection(RequestReader):
         if exchange is not None:
             self.exchange = None
             exchange.cancel()
+        self.forget_parser()
 
     def eof_received(self) -> bool:
         """A client that sends no more is taken for gone, as its engine must not work for nobody."""

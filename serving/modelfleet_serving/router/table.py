@@ -172,6 +172,14 @@ class ModelRef:
             name for variant in spec.variants for endpoint in variant.endpoints for name in endpoint.adapters
         )
 
+    def clear(self) -> None:
+        """It is gone: what waits for it sees no variants.
+
+        Nor does it know them any more, as they know it: the collector hardly ever looks at a route table.
+        """
+        self.variants = {}
+        self.plan = VariantPlan(self.variants, {}, (), 0.0)
+
 
 class Target:
     """What a request's model name stands for.
@@ -281,7 +289,7 @@ class Table:
         if model is None:
             return []
         gone = [ref for variant in model.variants.values() for ref in _empty(variant)]
-        model.variants = {}  # what waits for it sees that it is gone
+        model.clear()
         return gone
 
     def publish(self) -> None:
@@ -347,6 +355,7 @@ def _empty(variant: VariantRef) -> list[EndpointRef]:
     variant.pool = Pool(())
     for ref in gone:
         ref.ready = False
+        variant.health.forget(ref.id)
     return gone
 
 

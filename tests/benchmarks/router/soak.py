@@ -71,6 +71,11 @@ class _Memory(threading.Thread):
         self._ended.set()
         self.join()
 
+    def course(self, every: float = 20.0) -> str:
+        """MiB of the router, one figure for so many seconds."""
+        step = round(every / RSS_PERIOD)
+        return " ".join(f"{rss:.0f}" for _, rss, _ in self.samples[::step])
+
     def growth(self, since: float) -> float | None:
         """MiB from the first tenth after ``since`` to the last tenth, of one and the same router."""
         taken = [rss for at, rss, pid in self.samples if at >= since and pid == self._router.process.pid]
@@ -157,6 +162,7 @@ def _soak(plan: Plan) -> tuple[Report, bool]:
         print(f"unexplained: {entry}")
     report = _report(result, figures, memory.growth(half), rate)
     report.put("soak.faults", len(injector.faults))
+    report.put("soak.memory_mib", memory.course())
     return report, result.complete(int(figures["arrivals"]))
 
 

@@ -53,6 +53,7 @@ def served(monkeypatch: pytest.MonkeyPatch, compiled: ModuleType) -> Served:
     if wire.compiled is None:
         monkeypatch.setattr(wire, "compiled", compiled)
         monkeypatch.setattr(wire, "Shortcut", compiled.Shortcut)
+        monkeypatch.setattr(wire, "Tape", compiled.Tape)
 
     def serve(test: Test, **settings: Any) -> None:
         async def main() -> None:

@@ -48,6 +48,19 @@ def test_failures_in_a_row_eject_and_a_success_between_them_does_not() -> None:
     assert circuit.reason is Failure.STATUS
 
 
+def test_what_comes_late_from_one_that_has_left_changes_nothing() -> None:
+    health = detector()
+    left = health.circuit("a")
+    assert fail(health, left, 5)
+    assert health.sweep(1e6) == [left]
+    health.forget("a")
+    again = health.circuit("a")
+    assert fail(health, again, 5)
+    assert not any(health.succeeded(left, 1e6) for _ in range(50))
+    assert not fail(health, left, 50, now=1e6)
+    assert (health.out, again.state) == (1, State.OPEN)
+
+
 def test_a_second_refused_connection_ejects() -> None:
     health = detector()
     circuit = health.circuit("a")
