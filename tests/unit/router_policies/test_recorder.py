@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +50,8 @@ def test_recorder_keeps_text_and_not_chunks() -> None:
     found = recorder.read()
     assert found is not None
     assert found.text == "word " * 5000
+    assert sum(map(sys.getsizeof, found._settled)) < 2 * found.size
+    assert not found._texts
     assert found.tokens == 5000
 
 

@@ -60,6 +60,7 @@ class Recorder:
                 self._read_exactly(payload, delivered)
         except (msgspec.DecodeError, FramingError, UnicodeDecodeError):
             self._delivered = None
+        delivered.settle()
         if delivered.size > MAX_TEXT or self._splitter.pending > COMPACT:
             self._delivered = None
         return self._delivered
