@@ -6,6 +6,8 @@ import select
 import socket
 import struct
 import sys
+import threading
+import time
 from array import array
 from collections.abc import Iterator
 from types import ModuleType
@@ -188,6 +190,33 @@ def test_what_the_client_does_not_take_is_told_with_how_much_it_took(way: Way) -
     while len(got) < (number - 1) * len(data) + sent:
         got += way.client.recv(1 << 20)
     assert got == (data * number)[: len(got)]
+
+
+def test_dense_chunks_all_pass_in_order(way: Way) -> None:
+    way.open()
+    chunks = [frame(b"data: %d\n\n" % number) for number in range(5_000)]
+
+    room = threading.Semaphore(20)  # much at once is no stream of tokens
+
+    def speak() -> None:
+        for chunk in chunks:
+            assert room.acquire(timeout=10)
+            way.engine.sendall(chunk)
+
+    got = bytearray()
+    expected = b"".join(chunks)
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    end = time.monotonic() + 30
+    while len(got) < len(expected) and time.monotonic() < end:
+        assert not way._wait(way.epoll.fileno(), 0.002)
+        new = way.received()
+        got += new
+        if new:
+            room.release(new.count(b"\n\n\r\n"))
+    speaker.join()
+    assert bytes(got) == expected == bytes(way.kept)
+    assert not way._wait(way.epoll.fileno(), 0.0)
 
 
 def test_it_ends_when_so_much_is_kept(compiled: ModuleType, way: Way) -> None:
