@@ -5,6 +5,8 @@
 #include "wire.h"
 
 #include <math.h>
+#include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 
 #define RATES 3
@@ -27,10 +29,27 @@ static bool take_three(PyObject *numbers, double *taken)
 
 /* --- Header lines --- */
 
+/* The C library prints a double by arithmetic of any precision, which takes as long as the charging. */
+static int write_number(char *to, double whole)
+{
+    char digits[20];
+    int size = 0;
+    uint64_t left = (uint64_t)whole;
+    do
+        digits[size++] = (char)('0' + left % 10);
+    while ((left /= 10) != 0);
+    for (int place = 0; place < size; place++)
+        to[place] = digits[size - 1 - place];
+    return size;
+}
+
 static int write_duration(char *to, double seconds)
 {
-    if (seconds < 1.0)
-        return sprintf(to, "%dms", (int)(seconds * 1000.0 + 0.5));
+    if (seconds < 1.0) {
+        int size = write_number(to, seconds * 1000.0 + 0.5);
+        memcpy(to + size, "ms", 2);
+        return size + 2;
+    }
     if (seconds >= MINUTE) {
         long whole = (long)nearbyint(seconds); /* to even, as Python rounds */
         return sprintf(to, "%ldm%lds", whole / 60, whole % 60);
@@ -71,7 +90,7 @@ static PyObject *write_lines(PyObject *lines, const double *units, const double 
         if (!copy_words(&at, end, PyTuple_GET_ITEM(words, 0)))
             return NULL;
         double left = trunc((MINUTE - owing[rate] + ROUNDING) / units[rate]);
-        at += sprintf(at, "%.0f", left > MOST ? MOST : left > 0.0 ? left : 0.0);
+        at += write_number(at, left > MOST ? MOST : left > 0.0 ? left : 0.0);
         if (!copy_words(&at, end, PyTuple_GET_ITEM(words, 1)))
             return NULL;
         int size = write_duration(at, owing[rate]);
