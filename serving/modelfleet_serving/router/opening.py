@@ -34,7 +34,17 @@ class Opening(Watched):
     same machine has answered before the call returns.
     """
 
-    __slots__ = ("_address", "_loop", "_poller", "_socket", "_tell", "_timeout", "_timer", "_waits")
+    __slots__ = (
+        "_address",
+        "_family",
+        "_loop",
+        "_poller",
+        "_socket",
+        "_tell",
+        "_timeout",
+        "_timer",
+        "_waits",
+    )
 
     def __init__(
         self,
@@ -55,71 +65,78 @@ class Opening(Watched):
             timeout: seconds.
             tell: is called once unless it is cancelled: with a socket that doesn't block, or with why there
                 is none. A failure is told after ``start`` has returned, never before.
-
-        Raises:
-            OSError: there is no socket to be had.
         """
         self._loop = loop
         self._poller = poller
         self._address = address
         self._tell = tell
-        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self._family = family
+        self._socket: socket.socket | None = None  # after the end, too
         self._waits = False
         self._timeout = timeout
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Sends for the connection; it may be there at once."""
-        self._socket.setblocking(False)
-        code = self._socket.connect_ex(self._address)
-        if code in _UNDER_WAY:
-            code = self._socket.connect_ex(self._address)
-        if code in _UNDER_WAY:
-            self._waits = True
-            self._poller.watch(self._socket.fileno(), self, 0, WRITABLE)
-            self._timer = self._loop.call_later(self._timeout, self._late)
-        elif code in _CONNECTED:
+        try:
+            code = self._begin()
+        except OSError as error:  # no socket to be had, or none that can be watched
+            code = error.errno or errno.EIO
+        if code in _CONNECTED:
             self._done("")
-        else:
+        elif code not in _UNDER_WAY:
             self._loop.call_soon(self._done, os.strerror(code))
+
+    def _begin(self) -> int:
+        opened = self._socket = socket.socket(self._family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        opened.setblocking(False)
+        code = opened.connect_ex(self._address)
+        if code in _UNDER_WAY:
+            code = opened.connect_ex(self._address)
+        if code in _UNDER_WAY:
+            self._poller.watch(opened.fileno(), self, 0, WRITABLE)
+            self._waits = True
+            self._timer = self._loop.call_later(self._timeout, self._late)
+        return code
 
     def on_event(self, mask: int) -> None:
         """There is an answer. What follows is the loop's, as are its faults."""
-        code = self._socket.connect_ex(self._address) if mask & ~READABLE else errno.EALREADY
+        if self._socket is None or not mask & ~READABLE:
+            return
+        code = self._socket.connect_ex(self._address)
         if code not in _UNDER_WAY:
             self._rest()
             self._loop.call_soon(self._done, "" if code in _CONNECTED else os.strerror(code))
 
     def _late(self) -> None:
-        self._timer = None
         self._rest()
         self._done(f"no connection within {self._timeout:g} s")
 
     def _rest(self) -> None:
-        if self._waits:
+        """Waits for nothing more."""
+        if self._waits and self._socket is not None:
             self._waits = False
             self._poller.watch(self._socket.fileno(), self, WRITABLE, 0)
-
-    def _done(self, reason: str) -> None:
-        if self._socket.fileno() < 0:
-            return  # cancelled
         if self._timer is not None:
             self._timer.cancel()
-        tell = self._tell
+            self._timer = None
+
+    def _done(self, reason: str) -> None:
+        tell, opened = self._tell, self._socket
         self._tell = _told  # which mostly knows this opening: nothing is to wait for the collector
-        if reason:
-            self._socket.close()
-            tell(None, reason)
-        else:
-            tell(self._socket, "")
+        self._socket = None
+        if not reason:
+            tell(opened, "")
+            return
+        if opened is not None:
+            opened.close()
+        tell(None, reason)
 
     def cancel(self) -> None:
         """Gives up; nobody is told."""
         self._rest()
-        if self._timer is not None:
-            self._timer.cancel()
         self._tell = _told
-        self._socket.close()
+        self._done("cancelled")
 
 
 def _told(_connected: socket.socket | None, _reason: str) -> None:

@@ -195,13 +195,9 @@ class Connector:
                 return
             self._opened(connection, exchange)
 
-        address = (endpoint.host, endpoint.port)
-        try:
-            opening = Opening(self._loop, self._poller, family, address, self._connect_timeout, tell)
-        except OSError as error:
-            reason = f"no connection: {error.strerror}"
-            self._loop.call_soon(exchange.on_connect_failed, endpoint, reason)
-            return
+        opening = Opening(
+            self._loop, self._poller, family, (endpoint.host, endpoint.port), self._connect_timeout, tell
+        )
         self._openings.add(opening)
         opening.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -73,6 +74,20 @@ async def test_who_refuses_is_told_later() -> None:
     assert not waiting.told
     assert await waiting.outcome() is None
     assert waiting.told == ["Connection refused"]
+
+
+async def test_no_descriptor_to_be_had_is_told_later(server: socket.socket) -> None:
+    waiting = Waiting(server.getsockname())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with server.dup() as highest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest.fileno() + 1, hard))  # all below are taken
+        try:
+            waiting.opening.start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not waiting.told
+    assert await waiting.outcome() is None
+    assert waiting.told == ["Too many open files"]
 
 
 async def test_an_address_without_a_way_is_told_later() -> None:
